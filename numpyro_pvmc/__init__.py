@@ -1,0 +1,8 @@
+"""Parallel variational Monte Carlo for state-space models written in NumPyro."""
+
+from numpyro_pvmc.objectives import ImportanceSmoothedELBO
+from numpyro_pvmc.program import markov
+
+__version__ = "0.1.0"
+
+__all__ = ["ImportanceSmoothedELBO", "markov"]

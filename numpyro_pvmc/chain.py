@@ -1,0 +1,270 @@
+"""A NumPyro program in, its Markov chain out: functions of one particle, one step.
+
+A chain is a beginning, `begin`, that gives the log density and the state of one particle of the initial sites; and a step,
+`step`, that gives for one particle before it and one after it the log density that reads both (*edge*), the log density that
+reads the particle after only (*node*), the new state and the outputs. A deterministic start is a beginning without sites.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, random
+
+from numpyro_pvmc.independence import check_independence
+from numpyro_pvmc.program import Arguments, Scan, Sites, log_prob, mask_of, run, run_body
+from numpyro_pvmc.structure import Structure, analyse, per_series, time_rows
+from numpyro_pvmc.survey import capture
+
+
+class Chain(NamedTuple):
+    """A program read at given parameters and global sites.
+
+    `inputs` is what a step reads beside the states: time index, inputs of the scan, clock leaves of the carry; all with a
+    leading time axis. `outside` holds the sites outside the scan.
+    """
+
+    structure: Structure
+    model: Callable
+    arguments: Arguments
+    values: dict[str, Any]
+    scan: Scan
+    outside: Sites
+    inputs: Any
+
+
+class Step(NamedTuple):
+    """One step for one pair of particles: densities of shape ``(*plates)``."""
+
+    edge: jax.Array
+    node: jax.Array
+    state: list[jax.Array]
+    output: Any
+
+
+def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]) -> Structure:
+    """Find the Markov chain of a program, and check that it is one.
+
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters; those not given take their initial values.
+    :return: the structure of its chain.
+    :raises ValueError: if it has none; see :func:`numpyro_pvmc.structure.analyse` and
+        :func:`numpyro_pvmc.independence.check_independence`.
+    """
+    structure = analyse(model, arguments, values)
+    check_independence(structure, model, arguments, values)
+    return structure
+
+
+def read_chain(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> Chain:
+    """Read the chain of a program at given values.
+
+    :param structure: the structure of the program's chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters and of global sites.
+    :return: the chain.
+    """
+    initial = {name: jnp.zeros(site.shape, site.dtype) for name, site in structure.initial.items()}
+    scan, outside = capture(model, arguments, {**values, **initial}, structure.scan_index)
+    treedef = jax.tree.structure(scan.init)
+    state, clocks = _split(structure, scan.init)
+    times = jnp.arange(structure.length)
+    # Clock leaves read no latent site: whatever these are given, the clocks come out right.
+    anything = {name: jnp.zeros(site.shape, site.dtype) for name, site in structure.step.items()}
+
+    def tick(clocks, t_and_x):
+        t, x = t_and_x
+        carry = _merge(structure, treedef, state, clocks)
+        carry, _, _ = run_body(scan, t, carry, x, anything, structure.length)
+        _, new = _split(structure, carry)
+        return [n.astype(c.dtype) for n, c in zip(new, clocks, strict=True)], clocks
+
+    clock_inputs = lax.scan(tick, clocks, (times, scan.xs))[1] if clocks else []
+    return Chain(structure, model, arguments, values, scan, outside, (times, scan.xs, clock_inputs))
+
+
+def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """The beginning of a chain, for one particle.
+
+    :param chain: the chain.
+    :param initial: values of the initial sites.
+    :return: log density of the initial sites and of the sites observed with them, shape ``(*plates)``; state leaves of the
+        first carry.
+    """
+    structure = chain.structure
+    scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, structure.scan_index)
+    state, _ = _split(structure, scan.init)
+    return _total(sites, (*structure.initial, *structure.initial_factors), structure.plates), state
+
+
+def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, jax.Array]) -> Step:
+    """One step of a chain, for one particle before and one after.
+
+    :param chain: the chain.
+    :param inputs: one step of ``chain.inputs``.
+    :param state: state leaves of the carry before the step.
+    :param latent: values of the latent sites of the step.
+    :return: log densities, new state, output. Under `jax.vmap` over `latent` alone, what reads `latent` alone is computed
+        once for each.
+    """
+    structure = chain.structure
+    carry, output, sites = _run_step(chain, inputs, state, latent)
+    new_state, _ = _split(structure, carry)
+    new_state = [new.astype(old.dtype) for new, old in zip(new_state, state, strict=True)]
+    edge = _total(sites, structure.edge_factors, structure.plates)
+    node = _total(sites, structure.node_factors, structure.plates)
+    return Step(edge, node, new_state, output)
+
+
+def presence(chain: Chain) -> jax.Array | None:
+    """At which steps the chain goes on.
+
+    :param chain: the chain.
+    :return: a boolean array of shape ``(T, *plates)``, false where all latent sites are masked; ``None`` if no site is.
+    """
+    if not chain.structure.masked:
+        return None
+    plates = chain.structure.plates
+
+    def present(sites):
+        masks = [mask_of(sites[name]) for name in chain.structure.step]
+        masks = [jnp.ones((), bool) if mask is None else mask for mask in masks]
+        return sum(per_series(mask.astype(jnp.int32), plates) for mask in masks) > 0
+
+    return _at_all_steps(chain, present)
+
+
+def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax.Array:
+    """Log density of the observed sites after the scan, for the outputs of one particle at each time.
+
+    :param chain: the chain.
+    :param initial: values of the initial sites.
+    :param outputs: stacked outputs of the scan.
+    :return: an array of shape ``(T + 1, *plates)``, whose first row reads `initial`.
+    """
+    structure = chain.structure
+
+    def at_scan(index, scan):
+        return (scan.init, outputs) if index == structure.scan_index else None
+
+    sites = run(chain.model, chain.arguments, {**chain.values, **initial}, random.key(0), at_scan)
+    total = jnp.zeros([structure.length + 1, *(plate.size for plate in structure.plates)])
+    for name in structure.later_factors:
+        rows = time_rows(sites[name], structure.length, structure.plates)
+        total = total.at[structure.length + 1 - len(rows) :].add(rows)
+    return total
+
+
+def global_log_density(chain: Chain) -> jax.Array:
+    """Log density of the global sites, and of the observed sites that read nothing of the chain, summed.
+
+    :param chain: the chain.
+    """
+    names = (*chain.structure.global_sites, *chain.structure.global_factors)
+    return sum((log_prob(chain.outside[name]).sum() for name in names), start=jnp.zeros(()))
+
+
+def mutable_state(chain: Chain) -> dict[str, Any]:
+    """Mutable state that the program left behind, by name.
+
+    :param chain: the chain.
+    """
+    return {name: site["value"] for name, site in chain.outside.items() if site["type"] == "mutable"}
+
+
+def check_data(chain: Chain) -> None:
+    """Look at the numbers: refuse data that are not numbers, and masks that are not padding.
+
+    :param chain: a chain that is not traced.
+    :raises ValueError: naming the site and the first time.
+    """
+    structure = chain.structure
+
+    def look(sites):
+        nan = {name: _nan_count(site) for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
+        observed = [mask_of(site) for name, site in sites.items() if name in nan]
+        observed = sum(
+            (per_series(jnp.ones((), jnp.int32) * (1 if mask is None else mask), structure.plates) for mask in observed),
+            start=jnp.zeros([plate.size for plate in structure.plates], jnp.int32),
+        )
+        return nan, observed
+
+    nan, observed = jax.tree.map(np.asarray, jax.jit(lambda: _at_all_steps(chain, look))())
+    for name, count in nan.items():
+        if count.any():
+            raise ValueError(
+                f"The data of site '{name}' contain NaN, first at time {np.argmax(count > 0)} of the scan. Missing values need "
+                "a mask: replace nothing, and put `numpyro.handlers.mask(mask=~jnp.isnan(y_t))` around the site."
+            )
+    for name in (*structure.initial_factors, *structure.later_factors, *structure.global_factors):
+        site = chain.outside[name]
+        if np.any(_nan_count(site)):
+            bad = np.isnan(np.asarray(site["value"]))
+            raise ValueError(
+                f"The data of site '{name}' contain NaN, first at index {tuple(int(i) for i in np.argwhere(bad)[0])}. Missing "
+                "values need a mask: put `numpyro.handlers.mask` around the site."
+            )
+    present = presence(chain)
+    if present is None:
+        return
+    present = np.asarray(present)
+    resumes = ~present[:-1] & present[1:]
+    starts_late = ~present[0]
+    if not structure.holding and (resumes.any() or (starts_late & present.any(0)).any()):
+        first_time = int(np.argmax(resumes.reshape(len(resumes), -1).any(-1)) + 1) if resumes.any() else int(
+            np.argmax(present.reshape(len(present), -1).all(-1))
+        )  # fmt: skip
+        raise ValueError(
+            f"The latent sites {sorted(structure.step)} are masked at some steps and unmasked at a later one (time "
+            f"{first_time} of the scan), and the state in between has no meaning. Hold it: return "
+            "`jnp.where(mask, x, x_prev)` as the new carry. (To skip a missing observation, mask the emission only.)"
+        )
+    lost = ~present & (observed > 0)
+    if lost.any():
+        raise ValueError(
+            f"At time {int(np.argmax(lost.reshape(len(lost), -1).any(-1)))} of the scan the latent sites "
+            f"{sorted(structure.step)} are masked, but an observation is not. A step without a state observes nothing: put "
+            "the emission under the same mask."
+        )
+
+
+def _nan_count(site):
+    if not jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating):
+        return jnp.zeros((), jnp.int32)
+    missing = jnp.isnan(site["value"])
+    missing = missing.any(range(missing.ndim - site["fn"].event_dim, missing.ndim))
+    mask = mask_of(site)
+    return (missing if mask is None else missing & mask).sum()
+
+
+def _at_all_steps(chain, function):
+    """`function` of the sites of every step, at meaningless values of the latent sites."""
+    state = [jnp.zeros_like(leaf) for leaf in _split(chain.structure, chain.scan.init)[0]]
+    latent = {name: jnp.zeros(site.shape, site.dtype) for name, site in chain.structure.step.items()}
+    return jax.vmap(lambda inputs: function(_run_step(chain, inputs, state, latent)[2]))(chain.inputs)
+
+
+def _run_step(chain, inputs, state, latent):
+    t, x, clocks = inputs
+    carry = _merge(chain.structure, jax.tree.structure(chain.scan.init), state, clocks)
+    return run_body(chain.scan, t, carry, x, latent, chain.structure.length)
+
+
+def _total(sites, names, plates):
+    densities = [per_series(log_prob(sites[name]), plates) for name in names]
+    return sum(densities[1:], start=densities[0]) if densities else jnp.zeros([plate.size for plate in plates])
+
+
+def _split(structure, carry):
+    """State leaves and clock leaves of a carry."""
+    leaves = list(zip(map(jnp.asarray, jax.tree.leaves(carry)), structure.is_state, strict=True))
+    return [leaf for leaf, is_state in leaves if is_state], [leaf for leaf, is_state in leaves if not is_state]
+
+
+def _merge(structure, treedef, state, clocks):
+    state, clocks = iter(state), iter(clocks)
+    return jax.tree.unflatten(treedef, [next(state) if is_state else next(clocks) for is_state in structure.is_state])

@@ -1,0 +1,1 @@
+"""Weighted particles in; draws, summaries, diagnostics, ArviZ data out."""

@@ -1,0 +1,358 @@
+"""A NumPyro program in, what NumPyro's handlers saw of it out.
+
+The only room that speaks NumPyro's effect handlers: it runs a program with given values, hands over the scans that the
+program reaches instead of running them, runs the body of a scan for one step, and draws from a guide.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import random
+from numpyro.contrib.control_flow import scan as numpyro_scan
+from numpyro.handlers import block, condition, seed, substitute, trace
+from numpyro.ops.pytree import PytreeTrace
+from numpyro.primitives import Messenger
+
+Site = dict[str, Any]
+Sites = dict[str, Site]
+
+
+@jax.tree_util.register_pytree_node_class
+class Arguments:
+    """Positional and keyword arguments of a program: arrays are leaves, anything else is static.
+
+    Python scalars, strings, ``None`` and callables keep their values under `jax.jit`: a length stays a number.
+
+    :raises TypeError: when it is flattened with an argument that is neither an array nor hashable.
+    """
+
+    def __init__(self, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+
+    def __call__(self, program: Callable) -> Any:
+        return program(*self.args, **self.kwargs)
+
+    def tree_flatten(self):
+        leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
+        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+        static = tuple(None if array else _hashable(leaf) for leaf, array in zip(leaves, is_array, strict=True))
+        arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
+        return arrays, (treedef, is_array, static)
+
+    @classmethod
+    def tree_unflatten(cls, aux, arrays):
+        treedef, is_array, static = aux
+        arrays = iter(arrays)
+        leaves = [next(arrays) if array else leaf for leaf, array in zip(static, is_array, strict=True)]
+        self = object.__new__(cls)
+        self.args, self.kwargs = jax.tree.unflatten(treedef, leaves)
+        return self
+
+
+def _hashable(leaf):
+    if not isinstance(leaf, Hashable) or hasattr(leaf, "__array__") and not isinstance(leaf, np.generic):
+        raise TypeError(
+            f"Arguments of the model and the guide must be arrays, or hashable Python values, but got a "
+            f"{type(leaf).__module__}.{type(leaf).__qualname__}. Convert data with `jax.numpy.asarray`."
+        )
+    return leaf
+
+
+class Scan(NamedTuple):
+    """What a program passed to NumPyro's `scan`, at the moment it got there."""
+
+    body: Callable
+    init: Any
+    xs: Any
+    length: int | None
+    reverse: bool
+    history: int
+    substitutions: tuple[tuple[str, Any], ...]
+    rng_key: jax.Array | None
+
+    @property
+    def is_marked(self) -> bool:
+        return getattr(self.body, "is_markov", False)
+
+
+def markov(step: Callable, init: Any = None, xs: Any = None, length: int | None = None) -> tuple[Any, Any]:
+    """NumPyro's `scan`, marked as the Markov chain of the program.
+
+    It means what :func:`numpyro.contrib.control_flow.scan` means under every inference. A program with one `scan` that has
+    latent sites needs no mark; in one with several, the mark says which is the chain, and the latent sites of the others
+    are global.
+
+    :param step: takes ``(carry, x)``, returns ``(carry, y)``.
+    :param init: the first carry.
+    :param xs: inputs, with a leading time axis.
+    :param length: number of steps, if `xs` is ``None``.
+    :return: the last carry, and the stacked outputs.
+    :raises TypeError: if it is used as an iterator, ``for t in markov(range(T))``.
+
+    .. doctest::
+
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro_pvmc import markov
+        >>> def step(x, _):
+        ...     x = numpyro.sample("x", dist.Normal(x, 1.0))
+        ...     return x, x
+        >>> with numpyro.handlers.seed(rng_seed=0):
+        ...     last, xs = markov(step, 0.0, length=5)
+        >>> xs.shape
+        (5,)
+    """
+    if not callable(step):
+        raise TypeError(
+            f"`markov` takes a step function, but got a {type(step).__name__}. It does not loop over `range(T)`; write the "
+            "loop's body as a function, and scan over it:\n\n"
+            "    def step(x_prev, y_t):\n"
+            '        x = numpyro.sample("x", dist.Normal(x_prev, sigma))\n'
+            '        numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)\n'
+            "        return x, x\n\n"
+            "    markov(step, x_0, y, length=T)"
+        )
+
+    @functools.wraps(step)
+    def marked(carry, x):
+        return step(carry, x)
+
+    marked.is_markov = True
+    return numpyro_scan(marked, init, xs, length=length)
+
+
+_PROBE = "_scan_probe"
+
+
+class _AtScan(Messenger):
+    """Hands each scan to a function, which may return ``(last carry, outputs)`` in place of running it."""
+
+    def __init__(self, at_scan):
+        self.at_scan = at_scan
+        self.count = 0
+        super().__init__()
+
+    def process_message(self, msg):
+        if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
+            body, init, xs, length, reverse = msg["args"]
+            kwargs = msg["kwargs"]
+            substitutions = tuple(kwargs["substitute_stack"])
+            scan = Scan(body, init, xs, length, reverse, kwargs["history"], substitutions, kwargs["rng_key"])
+            replacement = self.at_scan(self.count, scan)
+            self.count += 1
+            if replacement is not None:
+                carry, outputs = replacement
+                msg["value"] = ((0, None, carry), (PytreeTrace({_PROBE: _probe()}), outputs))
+        elif msg["type"] == "sample" and msg["infer"].get(_PROBE):
+            # Handlers around a scan act on its sites when NumPyro hands these out again after the scan. The probe is such
+            # a site: what has become of it says what they would do.
+            msg["stop"] = True
+            if msg["name"] != _PROBE or msg["scale"] is not None or not isinstance(msg["fn"], dist.Normal):
+                raise ValueError(
+                    "A `mask`, `scale` or `scope` handler around the chain's `scan` changes the sites of its body, and this "
+                    "cannot be read step by step. Enter the handler inside the body of the scan, around the sites it means."
+                )
+
+
+def _probe():
+    return {
+        "type": "sample",
+        "name": _PROBE,
+        "fn": dist.Normal(0.0, 1.0),
+        "args": (),
+        "kwargs": {"rng_key": None, "sample_shape": ()},
+        "value": jnp.zeros(()),
+        "scale": None,
+        "is_observed": True,
+        "intermediates": [],
+        "cond_indep_stack": [],
+        "infer": {_PROBE: True},
+        "_control_flow_done": True,
+    }
+
+
+def run(
+    program: Callable,
+    arguments: Arguments,
+    values: dict[str, Any],
+    rng_key: jax.Array,
+    at_scan: Callable[[int, Scan], tuple[Any, Any] | None] = lambda index, scan: None,
+) -> Sites:
+    """Run a program with some of its sites given.
+
+    :param program: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters and sites, by name; sites not among them are drawn.
+    :param rng_key: random key.
+    :param at_scan: is told of each scan, in order; what it returns stands for the last carry and the outputs of the scan,
+        whose sites the program then does not have. ``None`` runs the scan.
+    :return: the sites outside the scans that were replaced, by name.
+    """
+    with block(), trace() as sites, _AtScan(at_scan), substitute(data=values), seed(rng_seed=rng_key):
+        arguments(program)
+    return sites
+
+
+def run_body(scan: Scan, t: Any, carry: Any, x: Any, values: dict[str, Any], length: int) -> tuple[Any, Any, Sites]:
+    """Run the body of a scan for one step, under the handlers that stood around the scan.
+
+    :param scan: the scan.
+    :param t: number of the step, from 0.
+    :param carry: carry before the step.
+    :param x: inputs of the step.
+    :param values: values of latent sites of the step; others are drawn.
+    :param length: number of steps.
+    :return: carry after the step, output, sites.
+    """
+    rng_key = random.key(0) if scan.rng_key is None else scan.rng_key
+    body = seed(scan.body, random.fold_in(rng_key, t))
+    for kind, given in scan.substitutions:
+        given_here = functools.partial(_given_at_step, given, t, length)
+        if kind == "condition":
+            body = condition(body, condition_fn=given_here)
+        elif kind == "substitute":
+            body = substitute(body, substitute_fn=given_here)
+    with block(), trace() as sites, substitute(data=values), _NoScan():
+        carry, output = body(carry, x)
+    return carry, output, sites
+
+
+class _NoScan(Messenger):
+    def process_message(self, msg):
+        if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
+            raise ValueError(
+                "The body of the chain's `scan` contains another NumPyro `scan`: a nested scan is not a Markov chain in one "
+                "time index. Use `jax.lax.scan` for loops without sample sites, or write the inner steps as one vector site."
+            )
+
+
+def _given_at_step(given, t, length, site):
+    if site["type"] != "sample":
+        return None
+    value = given.get(site["name"]) if isinstance(given, dict) else given(site)
+    if value is None:
+        return None
+    value, ndim = jnp.asarray(value), len(site["kwargs"]["sample_shape"] + site["fn"].shape())
+    if value.ndim == ndim:
+        return value
+    if value.ndim == ndim + 1 and len(value) == length:
+        return value[t]
+    raise ValueError(
+        f"Site '{site['name']}' in the scan is given a value of shape {value.shape}. It needs the shape of one step, "
+        f"{site['fn'].shape()}, or that of all {length} steps, {(length, *site['fn'].shape())}."
+    )
+
+
+def log_prob(site: Site) -> jax.Array:
+    """Log density of a site at its value, masked and scaled, not summed.
+
+    :param site: a sample site.
+    :return: an array of the site's batch shape.
+    """
+    log_density = site["fn"].log_prob(site["value"])
+    return log_density if site["scale"] is None else site["scale"] * log_density
+
+
+def mask_of(site: Site) -> jax.Array | bool | None:
+    """The mask that handlers put on whole draws of a site.
+
+    :param site: a sample site.
+    :return: a boolean array of the site's batch shape, or ``None``.
+    """
+    fn, mask = site["fn"], None
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            own = jnp.broadcast_to(fn._mask, fn.batch_shape)
+            mask = own if mask is None else mask & own
+        fn = fn.base_dist
+    return None if mask is None else jnp.broadcast_to(mask, site["fn"].batch_shape)
+
+
+class _ParticleKeys(Messenger):
+    """Gives the named sites a key of their own for each particle; with one particle, the key they would have anyway."""
+
+    def __init__(self, names, particle, num_particles):
+        self.names, self.particle, self.num_particles = names, particle, num_particles
+        super().__init__()
+
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["name"] in self.names and self.num_particles > 1:
+            msg["kwargs"]["rng_key"] = random.split(msg["kwargs"]["rng_key"], self.num_particles)[self.particle]
+
+
+def draw(
+    guide: Callable,
+    arguments: Arguments,
+    params: dict[str, Any],
+    rng_key: jax.Array,
+    particle_sites: Sequence[str],
+    num_particles: int,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array, dict[str, Any]]:
+    """Draw the sites of a guide, some of them K times.
+
+    Only what depends on the sites drawn K times is computed K times.
+
+    :param guide: a NumPyro program.
+    :param arguments: what it is called with.
+    :param params: values of its parameters.
+    :param rng_key: random key; with K = 1 the draws are those that `Trace_ELBO` makes with it.
+    :param particle_sites: the sites to draw K times.
+    :param num_particles: K.
+    :return: ``{site: (K, ...)}``; the values of the other sites; their log density, summed; mutable state.
+    :raises ValueError: if another site depends on those drawn K times.
+    """
+
+    def particle(number):
+        keys = _ParticleKeys(particle_sites, number, num_particles)
+        with block(), trace() as sites, substitute(data=params), keys, seed(rng_seed=rng_key):
+            arguments(guide)
+        samples = {name: site for name, site in sites.items() if is_latent(site)}
+        others = {name: site for name, site in samples.items() if name not in particle_sites}
+        log_q = sum((_log_prob_as_drawn(site).sum() for site in others.values()), start=jnp.zeros(()))
+        mutable = {name: site["value"] for name, site in sites.items() if site["type"] == "mutable"}
+        values = {name: site["value"] for name, site in samples.items()}
+        return {n: values[n] for n in particle_sites}, {n: values[n] for n in others}, log_q, mutable
+
+    try:
+        return jax.vmap(particle, out_axes=(0, None, None, None))(jnp.arange(num_particles))
+    except ValueError as error:
+        if "out_axes" not in str(error):
+            raise
+        raise ValueError(
+            "In the guide a global site, or mutable state, depends on the values of the chain's sites "
+            f"{sorted(particle_sites)}. Each particle would have another value of it: draw global sites first."
+        ) from error
+
+
+def log_densities(
+    guide: Callable, arguments: Arguments, params: dict[str, Any], rng_key: jax.Array, values: dict[str, Any]
+) -> Sites:
+    """Run a guide at given values of its sites.
+
+    :param guide: a NumPyro program.
+    :param arguments: what it is called with.
+    :param params: values of its parameters.
+    :param rng_key: random key.
+    :param values: values of its sample sites.
+    :return: its latent sample sites.
+    """
+    sites = run(guide, arguments, {**params, **values}, rng_key)
+    return {name: site for name, site in sites.items() if is_latent(site)}
+
+
+def is_latent(site):
+    return site["type"] == "sample" and not site["is_observed"]
+
+
+def _log_prob_as_drawn(site):
+    # As `Trace_ELBO` does: a transformed law that remembers where its draw came from need not invert the transform.
+    log_density = (
+        site["fn"].log_prob(site["value"], site["intermediates"])
+        if site["intermediates"]
+        else site["fn"].log_prob(site["value"])
+    )
+    return log_density if site["scale"] is None else site["scale"] * log_density

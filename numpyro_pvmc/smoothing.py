@@ -1,0 +1,241 @@
+"""Chain potentials in; their log normalizer, marginals and trajectories out.
+
+A chain of T points has K particles at each point. The weight of the trajectory through particles ``k_1 .. k_T`` is the
+exponential of ``sum_t node[t, k_t] + sum_t edge[t, k_t, k_{t+1}]``. The log normalizer is the log of the sum of the weights
+of all K^T trajectories, by the recursion
+
+    alpha[t + 1, k] = node[t + 1, k] + logsumexp_j(alpha[t, j] + edge[t, j, k])
+
+and everything else is its gradient: smoothing weights with respect to `node`, pairwise weights with respect to `edge`.
+An absent point (`mask` false: padding) holds alpha.
+
+Shapes: T points, S = T - 1 transitions, K particles; `edge[t, i, j]` goes from particle i at t to particle j at t + 1.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from numpyro_pvmc.semiring import logmatmulexp, logsumexp
+
+METHODS = ("auto", "sequential", "associative")
+
+
+class Edges(NamedTuple):
+    """Transition potentials that are computed when they are needed, one transition at a time.
+
+    ``function(inputs[t])`` is the block ``edge[t]`` of shape ``(*batch, K, K)``; `inputs` is a pytree with leading axis S.
+    A scan over `inputs` never holds more than one block, forward or backward.
+    """
+
+    function: Callable[[Any], Array]
+    inputs: Any
+
+
+class Marginals(NamedTuple):
+    """What the chain says of each point: weights are logarithms of numbers that sum to 1 over particles."""
+
+    log_normalizer: Float[Array, "*batch"]
+    log_weights: Float[Array, "T *batch K"]
+    log_filtering_weights: Float[Array, "T *batch K"]
+
+
+def log_normalizer(
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None = None,
+    method: str = "auto",
+) -> Float[Array, "*batch"]:
+    """Log of the sum of the weights of all K^T trajectories.
+
+    :param node: potentials of the points.
+    :param edge: potentials of the transitions, as an array or as :class:`Edges`.
+    :param mask: which points are present; absent ones are held. All are present by default.
+    :param method: ``"sequential"``, a scan of T steps of work K^2, memory O(T K); ``"associative"``, a tree of matrix
+        products of work T K^3 and depth log T, memory O(T K^2); ``"auto"`` takes the first on a CPU, and the second
+        elsewhere for few particles.
+    :return: the log normalizer of each chain of the batch.
+    :raises ValueError: for an unknown method.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from numpyro_pvmc.smoothing import log_normalizer
+        >>> float(jnp.exp(log_normalizer(jnp.zeros((4, 3)), jnp.zeros((3, 3, 3))))).__round__(3)      # 3^4 trajectories
+        81.0
+    """
+    check_method(method)
+    if method == "auto":
+        method = "associative" if jax.default_backend() != "cpu" and node.shape[-1] <= 32 else "sequential"
+    if method == "associative":
+        return logsumexp(node[0] + logsumexp(_product(node, edge, mask), -1), -1)
+    last, _ = _forward(node, edge, mask)
+    return logsumexp(last, -1)
+
+
+def check_method(method: str) -> None:
+    """Refuse an unknown method.
+
+    :param method: a name.
+    :raises ValueError: if there is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, but got {method!r}.")
+
+
+def marginals(
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None = None,
+    method: str = "auto",
+) -> Marginals:
+    """Smoothing and filtering weights of every point.
+
+    Absent points repeat the weights of the last point that is present. In a chain without any possible trajectory all log
+    weights are ``-inf``.
+
+    :param node: potentials of the points.
+    :param edge: potentials of the transitions.
+    :param mask: which points are present.
+    :param method: as for :func:`log_normalizer`, for the smoothing weights.
+    :return: log normalizer, log smoothing weights, log filtering weights.
+    """
+
+    def total(node):
+        log_z = log_normalizer(node, edge, mask, method)
+        return log_z.sum(), log_z
+
+    weights, log_z = jax.grad(total, has_aux=True)(node)
+    _, alpha = _forward(node, edge, mask)
+    log_weights = hold(jnp.log(weights), mask)
+    return Marginals(log_z, _normalized(log_weights), _normalized(alpha))
+
+
+def pairwise_marginals(
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"],
+    mask: Bool[Array, "T *batch"] | None = None,
+    method: str = "auto",
+) -> Float[Array, "S *batch K K"]:
+    """Smoothing weights of every pair of particles of neighbouring points.
+
+    :param node: potentials of the points.
+    :param edge: potentials of the transitions.
+    :param mask: which points are present; the pair weights into an absent point are zero.
+    :param method: as for :func:`log_normalizer`.
+    :return: for each transition weights that sum to 1 over both particles.
+    """
+    return jax.grad(lambda edge: log_normalizer(node, edge, mask, method).sum())(edge)
+
+
+def sample_trajectories(
+    rng_key: Key[Array, ""] | UInt32[Array, "2"],
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None = None,
+    sample_shape: tuple[int, ...] = (),
+) -> Int[Array, "..."]:
+    """Draw whole trajectories, each with probability proportional to its weight.
+
+    :param rng_key: random key.
+    :param node: potentials of the points.
+    :param edge: potentials of the transitions.
+    :param mask: which points are present; an absent point repeats the particle's number of the point before.
+    :param sample_shape: how many to draw.
+    :return: numbers of particles, shape ``(*sample_shape, T, *batch)``.
+    """
+    _, alpha = _forward(node, edge, mask)
+    return sample_backward(rng_key, alpha, edge, mask, sample_shape)
+
+
+def sample_backward(
+    rng_key: Key[Array, ""] | UInt32[Array, "2"],
+    log_filtering_weights: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None = None,
+    sample_shape: tuple[int, ...] = (),
+) -> Int[Array, "..."]:
+    """Draw whole trajectories from the last point backwards, given filtering weights (Godsill, Doucet & West 2004).
+
+    :param rng_key: random key.
+    :param log_filtering_weights: as in :class:`Marginals`; any constant may be added to each point.
+    :param edge: potentials of the transitions.
+    :param mask: which points are present.
+    :param sample_shape: how many to draw.
+    :return: numbers of particles, shape ``(*sample_shape, T, *batch)``.
+    """
+    function, inputs = _lazy(edge)
+    batch = log_filtering_weights.shape[1:-1]
+    present = jnp.ones(log_filtering_weights.shape[:-1], bool) if mask is None else mask
+    key_last, key_rest = jax.random.split(rng_key)
+    last = jax.random.categorical(key_last, log_filtering_weights[-1], shape=(*sample_shape, *batch))
+
+    def step(later, inputs):
+        key, alpha, present, edge_inputs = inputs
+        columns = jnp.moveaxis(function(edge_inputs), -1, -2)  # [later, earlier]
+        columns = jnp.broadcast_to(columns, (*sample_shape, *columns.shape))
+        column = jnp.take_along_axis(columns, later[..., None, None], -2)[..., 0, :]
+        earlier = jax.random.categorical(key, alpha + column)
+        earlier = jnp.where(present, earlier, later)
+        return earlier, earlier
+
+    keys = jax.random.split(key_rest, len(log_filtering_weights) - 1)
+    _, rest = lax.scan(step, last, (keys, log_filtering_weights[:-1], present[1:], inputs), reverse=True)
+    return jnp.moveaxis(jnp.concatenate([rest, last[None]]), 0, len(sample_shape))
+
+
+def hold(x: Array, mask: Bool[Array, "T *batch"] | None) -> Array:
+    """Repeat at absent points the value of the last present one.
+
+    :param x: values, leading axes ``(T, *batch)``.
+    :param mask: which points are present; those before the first present one keep the value of the first point.
+    :return: an array like `x`.
+    """
+    if mask is None:
+        return x
+    numbers = jnp.arange(len(mask)).reshape((-1,) + (1,) * (mask.ndim - 1))
+    latest = lax.cummax(jnp.where(mask, numbers, 0), axis=0)
+    return jnp.take_along_axis(x, latest.reshape(latest.shape + (1,) * (x.ndim - latest.ndim)), 0)
+
+
+def _forward(node, edge, mask):
+    """The last alpha, and all of them."""
+    function, inputs = _lazy(edge)
+    present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
+
+    @jax.checkpoint  # without it the backward pass would keep all S blocks of K x K
+    def step(alpha, inputs):
+        node, present, edge_inputs = inputs
+        moved = node + logsumexp(alpha[..., :, None] + function(edge_inputs), -2)
+        alpha = jnp.where(present[..., None], moved, alpha)
+        return alpha, alpha
+
+    last, rest = lax.scan(step, node[0], (node[1:], present[1:], inputs))
+    return last, jnp.concatenate([node[:1], rest])
+
+
+def _product(node, edge, mask):
+    """Product of the matrices that take alpha from the first point to the last."""
+    function, inputs = _lazy(edge)
+    matrices = jax.vmap(function)(inputs) + node[1:, ..., None, :]
+    identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), 0.0, -jnp.inf).astype(node.dtype)
+    if mask is not None:
+        matrices = jnp.where(mask[1:, ..., None, None], matrices, identity)
+    matrices = jnp.broadcast_to(matrices, (*node[1:].shape, node.shape[-1]))
+    while len(matrices) > 1:
+        paired = logmatmulexp(matrices[:-1:2], matrices[1::2])
+        matrices = jnp.concatenate([paired, matrices[-1:]]) if len(matrices) % 2 else paired
+    return matrices[0] if len(matrices) else jnp.broadcast_to(identity, (*node[0].shape, node.shape[-1]))
+
+
+def _lazy(edge):
+    return edge if isinstance(edge, Edges) else Edges(lambda block: block, edge)
+
+
+def _normalized(log_weights):
+    total = logsumexp(log_weights, -1)[..., None]
+    return jnp.where(jnp.isneginf(total), log_weights, log_weights - total)

@@ -1,0 +1,213 @@
+"""A NumPyro program in, the scan that is its chain out, or an error that says why there is none.
+
+One abstract run, in which every scan is one step of its body: it shows the sites, not how they depend on each other.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import random
+
+from numpyro_pvmc.program import Arguments, Scan, Site, Sites, is_latent, run, run_body
+
+_KEY = 0  # the seed of abstract runs, whose draws are never used
+
+
+class Found(NamedTuple):
+    """One scan as the survey met it: its sites are those of one step."""
+
+    index: int
+    length: int
+    is_marked: bool
+    reverse: bool
+    history: int
+    latent: Sites
+    sites: Sites
+
+
+def survey(model: Callable, arguments: Arguments, values: dict[str, Any]) -> tuple[list[Found], Sites]:
+    """Run a program abstractly, one step of every scan.
+
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters.
+    :return: its scans in order, and the sites outside of them.
+    :raises ValueError: if an observed value does not fit its law, or a scan its inputs.
+    """
+    found = []
+
+    def at_scan(index, scan):
+        length = length_of(scan)
+        carry, output, sites = run_body(scan, 0, scan.init, first(scan.xs), {}, length)
+        for site in sites.values():
+            _check_observation(site)
+        latent = {name: site for name, site in sites.items() if is_latent(site)}
+        if latent:
+            _check_carry_shapes(scan.init, carry)
+        found.append(Found(index, length, scan.is_marked, scan.reverse, scan.history, latent, sites))
+        return scan.init, _stacked_zeros(output, length)
+
+    return found, run(model, arguments, values, random.key(_KEY), at_scan)
+
+
+def choose_chain(found: list[Found]) -> Found:
+    """The scan that is the chain: the one marked with `markov`, or else the only one with latent sites.
+
+    :param found: the scans of a program.
+    :return: one of them.
+    :raises ValueError: if there is none, or more than one, or its form is not that of a first-order chain.
+    """
+    marked = [scan for scan in found if scan.is_marked]
+    latent = [scan for scan in found if scan.latent]
+    if len(marked) > 1:
+        raise ValueError(f"The model marks {len(marked)} scans with `markov`. Mark one: it is the chain.")
+    if marked and not marked[0].latent:
+        raise ValueError("The scan marked with `markov` has no latent sites. Mark the one whose latent sites are the chain.")
+    if not marked and len(latent) > 1:
+        names = " and ".join(str(sorted(scan.latent)) for scan in latent)
+        raise ValueError(
+            f"The model has {len(latent)} scans with latent sites: {names}. Put the processes into one step function, or "
+            "say which is the chain by writing `numpyro_pvmc.markov(...)` in place of that `scan(...)`; the latent sites "
+            "of the others are then global."
+        )
+    if not latent:
+        raise ValueError(
+            "The model has no `numpyro.contrib.control_flow.scan` with latent sites, so it has no chain. Write the loop over "
+            "time as `scan(step, x_0, y, length=T)`, where `step(x_prev, y_t)` samples the latent site and returns it as "
+            "the new carry."
+        )
+    chain = (marked or latent)[0]
+    _check_form(chain)
+    return chain
+
+
+def capture(model: Callable, arguments: Arguments, values: dict[str, Any], scan_index: int) -> tuple[Scan, Sites]:
+    """Run a program up to its chain, and past it with outputs of zero.
+
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters and of sites outside the scan.
+    :param scan_index: which of its scans, in order.
+    :return: the scan, and the sites outside of it.
+    """
+    captured = []
+
+    def at_scan(index, scan):
+        if index != scan_index:
+            return None
+        captured.append(scan)
+        length = length_of(scan)
+        one = jax.eval_shape(lambda: run_body(scan, 0, scan.init, first(scan.xs), {}, length)[1])
+        return scan.init, _stacked_zeros(one, length)
+
+    sites = run(model, arguments, values, random.key(_KEY), at_scan)
+    return captured[0], sites
+
+
+def first(xs: Any) -> Any:
+    """The inputs of the first step.
+
+    :param xs: a pytree of arrays with a leading time axis.
+    """
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], xs)
+
+
+def length_of(scan: Scan) -> int:
+    """Number of steps of a scan.
+
+    :param scan: a scan.
+    :raises ValueError: if its inputs and its `length` disagree, or there are no steps.
+    """
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in map(jnp.asarray, jax.tree.leaves(scan.xs))}
+    lengths |= set() if scan.length is None else {scan.length}
+    if len(lengths) != 1 or not min(lengths):
+        raise ValueError(
+            "The inputs of `scan` must have one leading time axis of at least one step, but their lengths, and `length`, "
+            f"are {sorted(lengths)}. Pass arrays of the same length, or `length=` alone."
+        )
+    return lengths.pop()
+
+
+def _stacked_zeros(one, length):
+    return jax.tree.map(lambda leaf: jnp.zeros((length, *jnp.shape(leaf)), jnp.result_type(leaf)), one)
+
+
+def _check_carry_shapes(old, new):
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(carry)] for carry in (old, new)]
+    if shapes[0] != shapes[1] or jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"The carry of `scan` must keep its structure and shapes, but it starts with shapes {shapes[0]} and the step "
+            f"returns {shapes[1]}. Inside a plate, start the chain from a carry that has the plate's shape too."
+        )
+
+
+def _check_observation(site: Site) -> None:
+    if site["type"] != "sample" or not site["is_observed"]:
+        return
+    value_shape, law_shape = jnp.shape(site["value"]), tuple(site["fn"].shape())
+    try:
+        fits = jnp.broadcast_shapes(value_shape, law_shape) == value_shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"Site '{site['name']}' is observed with a value of shape {value_shape}, but its law has shape {law_shape}. "
+            "The data of one step need the shape of one step; time is the leading axis of the inputs of `scan`."
+        )
+
+
+def _check_form(chain):
+    names = sorted(chain.latent)
+    if chain.reverse:
+        raise ValueError(
+            f"The scan over {names} has `reverse=True`. NumPyro substitutes values in the order of execution, so its draws "
+            "would come back in the wrong order. Scan over reversed inputs, `xs[::-1]`, instead."
+        )
+    if chain.history != 1:
+        raise ValueError(
+            f"The scan over {names} has `history={chain.history}`, and a first-order Markov chain has `history=1`. Scan over "
+            "blocks of as many steps, with the block as the state."
+        )
+    for name, site in chain.sites.items():
+        if site["type"] == "param":
+            raise ValueError(
+                f"The body of the scan over {names} declares the parameter '{name}'. NumPyro does not substitute "
+                "parameters inside `scan`. Call `numpyro.param` before the scan and use its value in the body."
+            )
+        if site["type"] == "plate" and site["args"][1] not in (None, site["args"][0]):
+            raise ValueError(
+                f"The subsampled plate '{name}' is built inside the body of the scan, where it would draw new indices at "
+                "every step. Build it once, before the scan, and enter it in the body."
+            )
+    check_continuous(chain.latent)
+    for name, site in chain.latent.items():
+        if _is_delta(site["fn"]):
+            raise ValueError(
+                f"Latent site '{name}' of the scan has a `Delta` law: a step without noise has no density, and no particle "
+                "but its own can be reached. Give every component of the state some noise, or compute it from the state."
+            )
+
+
+def check_continuous(latent: Sites) -> None:
+    """Refuse discrete latent sites.
+
+    :param latent: latent sites.
+    :raises ValueError: naming the first one that is discrete.
+    """
+    for name, site in latent.items():
+        if site["fn"].support is not None and site["fn"].support.is_discrete:
+            raise ValueError(
+                f"Latent site '{name}' is discrete ({type(site['fn']).__name__}), and this version handles continuous "
+                "latent sites only. Sum it out of the model, as with `dist.MixtureSameFamily`."
+            )
+
+
+def _is_delta(fn):
+    while not isinstance(fn, dist.Delta):
+        if not isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+            return False
+        fn = fn.base_dist
+    return True
