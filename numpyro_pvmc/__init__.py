@@ -1,8 +1,10 @@
 """Parallel variational Monte Carlo for state-space models written in NumPyro."""
 
+from numpyro_pvmc.infer import PVMC
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
+from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import markov
 
 __version__ = "0.1.0"
 
-__all__ = ["ImportanceSmoothedELBO", "markov"]
+__all__ = ["PVMC", "ImportanceSmoothedELBO", "SmoothedPosterior", "markov"]

@@ -1,1 +1,299 @@
 """Weighted particles in; draws, summaries, diagnostics, ArviZ data out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+
+from numpyro_pvmc.chain import read_chain
+from numpyro_pvmc.potentials import Lattice, Particles, target
+from numpyro_pvmc.program import Arguments, run
+from numpyro_pvmc.smoothing import hold, marginals, sample_backward
+from numpyro_pvmc.structure import Latent, Structure
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "log_normalizer",
+        "particles",
+        "log_weights",
+        "log_filtering_weights",
+        "globals",
+        "present",
+        "arguments",
+        "params",
+    ),
+    meta_fields=("structure", "model"),
+)
+@dataclasses.dataclass(frozen=True)
+class SmoothedPosterior:
+    """The posterior of a chain given its data, as weighted particles at each time.
+
+    T is the number of steps of the scan, K that of particles; `plates` are those around the chain, and nothing else is a
+    batch axis. Sites before the scan, such as ``x_0``, have no T axis.
+
+    :param log_normalizer: log of an unbiased estimate of the evidence of each series, shape ``(*plates)``, given `globals`.
+    :param particles: ``{site: (T, K, *plates, *event)}``.
+    :param log_weights: ``{site: (T, K, *plates)}``, logs of smoothing weights, which sum to 1 over K. Where a series is
+        padded they repeat those of its last step.
+    :param log_filtering_weights: the same given the data up to each time only.
+    :param globals: the draw of the global sites that was used, by name.
+    :param present: ``(T, *plates)``, false where a series is padded; ``None`` if none is.
+
+    It is a pytree, and may be returned from `jax.jit`.
+    """
+
+    log_normalizer: jax.Array
+    particles: dict[str, jax.Array]
+    log_weights: dict[str, jax.Array]
+    log_filtering_weights: dict[str, jax.Array]
+    globals: dict[str, jax.Array]
+    present: jax.Array | None
+    arguments: Arguments = dataclasses.field(repr=False)
+    params: dict[str, Any] = dataclasses.field(repr=False)
+    structure: Structure = dataclasses.field(repr=False)
+    model: Callable = dataclasses.field(repr=False)
+
+    def mean(self) -> dict[str, jax.Array]:
+        """Posterior means.
+
+        :return: ``{site: (T, *plates, *event)}``.
+        """
+        return self._map(lambda x, w: (w * x).sum(0))
+
+    def variance(self) -> dict[str, jax.Array]:
+        """Posterior variances.
+
+        :return: ``{site: (T, *plates, *event)}``.
+        """
+        return self._map(lambda x, w: (w * (x - (w * x).sum(0)) ** 2).sum(0))
+
+    def quantile(self, q: float | jax.Array) -> dict[str, jax.Array]:
+        """Posterior quantiles, by interpolation of the weighted particles.
+
+        :param q: one probability or several.
+        :return: ``{site: (T, *plates, *event)}``, with the shape of `q` in front.
+        :raises ValueError: if `q` is not between 0 and 1.
+        """
+        if not isinstance(q, jax.core.Tracer) and np.any((np.asarray(q) < 0) | (np.asarray(q) > 1)):
+            raise ValueError(f"`q` must be between 0 and 1, but got {q}.")
+        q = jnp.asarray(q)
+
+        def quantiles(x, w):
+            x, w = jnp.moveaxis(x, 0, -1), jnp.moveaxis(jnp.broadcast_to(w, x.shape), 0, -1)
+            order = jnp.argsort(x, -1)
+            x, w = jnp.take_along_axis(x, order, -1), jnp.take_along_axis(w, order, -1)
+            # Each particle stands at the middle of its share of the mass.
+            position = jnp.cumsum(w, -1) - w / 2
+            one = jnp.vectorize(lambda x, p: jnp.interp(q.ravel(), p, x), signature="(k),(k)->(q)")
+            return jnp.moveaxis(one(x, position), -1, 0)
+
+        steps = self._map(quantiles)
+        moved = {n: jnp.moveaxis(x, 1, 0) if n in self.structure.step else x for n, x in steps.items()}
+        return {name: x.reshape(q.shape + x.shape[1:]) for name, x in moved.items()}
+
+    def effective_sample_size(self) -> dict[str, jax.Array]:
+        """Effective number of particles by time, 1 / sum of squared weights; NaN where a series is padded.
+
+        :return: ``{site: (T, *plates)}``, numbers from 1 to K.
+        """
+        sizes = {}
+        for name, log_weights in self.log_weights.items():
+            is_step = name in self.structure.step
+            size = 1 / jnp.sum(jnp.exp(2 * log_weights), int(is_step))
+            sizes[name] = size if self.present is None or not is_step else jnp.where(self.present, size, jnp.nan)
+        return sizes
+
+    def sample(self, rng_key: jax.Array, sample_shape: tuple[int, ...] = ()) -> dict[str, jax.Array]:
+        """Draw joint trajectories through the particles, backwards in time.
+
+        :param rng_key: random key.
+        :param sample_shape: how many to draw.
+        :return: ``{site: (*sample_shape, T, ...)}`` in the shapes that the model gives its sites, with the global sites and
+            the deterministic sites of the model; what :class:`numpyro.infer.Predictive` takes.
+        """
+        return _sample(self, rng_key, tuple(sample_shape))
+
+    def to_arviz(self, rng_key: jax.Array | None = None, num_samples: int = 1000, time: Any = None) -> Any:
+        """Convert to ArviZ data: joint trajectories as draws, with coordinates for time and plates.
+
+        The group ``smoothing`` has what belongs to no draw: effective sample sizes, smoothed means and standard deviations,
+        and the log normalizer.
+
+        :param rng_key: random key of the draws; the key of seed 0 by default.
+        :param num_samples: number of draws.
+        :param time: coordinate of the T steps, such as dates; 0 to T - 1 by default.
+        :return: an `arviz.InferenceData`, or from ArviZ 1 an `xarray.DataTree`.
+        :raises ValueError: if `time` has not T elements.
+        """
+        rng_key = random.key(0) if rng_key is None else rng_key
+        time = np.arange(self.structure.length) if time is None else np.asarray(time)
+        if time.shape != (self.structure.length,):
+            raise ValueError(f"`time` must have shape {(self.structure.length,)}, but it has shape {time.shape}.")
+        samples = self.sample(rng_key, (num_samples,))
+        observed = _observed(self, jax.tree.map(lambda x: x[0], samples))
+        size = self.effective_sample_size()
+        summary = {"log_normalizer": self.log_normalizer}
+        summary |= {f"{name}_mean": x for name, x in self.mean().items()}
+        summary |= {f"{name}_sd": jnp.sqrt(x) for name, x in self.variance().items()}
+        summary |= {f"{name}_effective_sample_size": x for name, x in size.items()}
+        return _arviz(self.structure, time, samples, observed, summary)
+
+    def _map(self, function):
+        """`function` of particles and weights, with the particles' axis first, at each time."""
+        result = {}
+        for name, x in self.particles.items():
+            weights = jnp.exp(self.log_weights[name])
+            weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
+            result[name] = (jax.vmap(function) if name in self.structure.step else function)(x, weights)
+        return result
+
+
+def smoothed_posterior(
+    lattice: Lattice, structure: Structure, model: Callable, arguments: Arguments, params: dict[str, Any], method: str
+) -> SmoothedPosterior:
+    """Weigh the particles of a lattice.
+
+    :param lattice: particles and potentials.
+    :param structure: the structure of the model's chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param params: values of its parameters.
+    :param method: how trajectories are summed.
+    :return: the posterior.
+    """
+    weighed = marginals(lattice.node, lattice.edges, lattice.mask, method)
+
+    def by_site(log_weights):
+        log_weights = jnp.moveaxis(log_weights, -1, 1)
+        at_start = {name: log_weights[0] for name in structure.initial}
+        return at_start | {name: log_weights[1:] for name in structure.step}
+
+    particles = {n: _tidy(x, structure.initial[n], structure) for n, x in lattice.particles.initial.items()}
+    particles |= {n: _tidy(x, structure.step[n], structure) for n, x in lattice.particles.steps.items()}
+    return SmoothedPosterior(
+        log_normalizer=weighed.log_normalizer,
+        particles=particles,
+        log_weights=by_site(weighed.log_weights),
+        log_filtering_weights=by_site(weighed.log_filtering_weights),
+        globals=lattice.globals,
+        present=None if lattice.mask is None else lattice.mask[1:],
+        arguments=arguments,
+        params=params,
+        structure=structure,
+        model=model,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sample(posterior, rng_key, sample_shape):
+    structure = posterior.structure
+    values = posterior.params | posterior.globals
+    chain = read_chain(structure, posterior.model, posterior.arguments, values)
+    native = {n: _untidy(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
+    particles = Particles({n: native[n] for n in structure.initial}, {n: native[n] for n in structure.step})
+    _, edges = target(chain, particles)
+    (name, *_) = structure.step
+    plates = tuple(plate.size for plate in structure.plates)
+    filtering = posterior.log_filtering_weights
+    start = jnp.zeros_like(filtering[name][0])
+    start = filtering[next(iter(structure.initial))] if structure.initial else start
+    filtering = jnp.moveaxis(jnp.concatenate([start[None], filtering[name]]), 1, -1)
+    mask = posterior.present
+    mask = None if mask is None else jnp.concatenate([jnp.ones((1, *plates), bool), mask])
+    numbers = sample_backward(rng_key, filtering, edges, mask, (int(np.prod(sample_shape)),))
+
+    def trajectory(numbers):
+        sites = {}
+        for name, x in posterior.particles.items():
+            of_site = numbers[1:] if name in structure.step else numbers[0]
+            k_axis = int(name in structure.step)
+            index = jnp.expand_dims(of_site, k_axis)
+            index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
+            picked = jnp.take_along_axis(x, index, k_axis).squeeze(k_axis)
+            sites[name] = _untidy(picked, structure.sites[name], structure)
+        sites |= posterior.globals
+        return sites | _deterministic(posterior, sites)
+
+    samples = jax.vmap(trajectory)(numbers)
+    return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
+
+
+def _deterministic(posterior, sites):
+    found = run(posterior.model, posterior.arguments, posterior.params | sites, random.key(0))
+    return {name: site["value"] for name, site in found.items() if site["type"] == "deterministic"}
+
+
+def _observed(posterior, sites):
+    found = run(posterior.model, posterior.arguments, posterior.params | sites, random.key(0))
+    return {
+        name: site["value"]
+        for name, site in found.items()
+        if site["type"] == "sample" and site["is_observed"] and jnp.size(site["value"])
+    }
+
+
+def _axes(latent: Latent, structure: Structure):
+    """Axes of a site: those of plates, then other batch axes of more than one element, then those of the event."""
+    border = len(latent.batch_shape)
+    plates = [border + plate.dim for plate in structure.plates]
+    others = [axis for axis in range(border) if axis not in plates and latent.batch_shape[axis] != 1]
+    return plates + others + list(range(border, len(latent.shape)))
+
+
+def _tidy(x, latent, structure):
+    """Plates first, no singleton batch axes."""
+    axes, leading = _axes(latent, structure), x.ndim - len(latent.shape)
+    singletons = [leading + axis for axis in range(len(latent.shape)) if axis not in axes]
+    order = [*range(leading), *(leading + axis for axis in axes), *singletons]
+    return x.transpose(order).reshape(x.shape[:leading] + tuple(latent.shape[axis] for axis in axes))
+
+
+def _untidy(x, latent, structure):
+    """The shape that the model gives the site."""
+    axes = _axes(latent, structure)
+    leading = x.ndim - len(axes)
+    order = [*range(leading), *(leading + int(position) for position in np.argsort(axes))]
+    return x.transpose(order).reshape(x.shape[:leading] + latent.shape)
+
+
+def _arviz(structure, time, samples, observed, summary):
+    import arviz
+
+    plates = [plate.name for plate in structure.plates]
+    sizes = tuple(plate.size for plate in structure.plates)
+    coords = {"time": time} | {plate.name: np.arange(plate.size) for plate in structure.plates}
+
+    def named(arrays):
+        dims = {}
+        for name, x in arrays.items():
+            along = ["time"] if x.shape[:1] == (structure.length,) and name not in structure.initial else []
+            along += plates if plates and x.shape[len(along) : len(along) + len(plates)] == sizes else []
+            dims[name] = along + [f"{name}_dim_{i}" for i in range(x.ndim - len(along))]
+        return dims
+
+    samples, observed, summary = ({n: np.asarray(x) for n, x in part.items()} for part in (samples, observed, summary))
+    draws = {name: x[None] for name, x in samples.items()}
+    dims = named({name: x[0] for name, x in samples.items()}) | named(observed)
+    dataset = _dataset(summary, named(summary), coords)
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        data = arviz.from_dict({"posterior": draws, "observed_data": observed}, dims=dims, coords=coords)
+        data["smoothing"] = dataset
+        return data
+    data = arviz.from_dict(posterior=draws, observed_data=observed, dims=dims, coords=coords)
+    data.add_groups({"smoothing": dataset}, warn_on_custom_groups=False)
+    return data
+
+
+def _dataset(arrays, dims, coords):
+    import xarray
+
+    used = {dim for names in dims.values() for dim in names}
+    variables = {name: (dims[name], x) for name, x in arrays.items()}
+    return xarray.Dataset(variables, {name: x for name, x in coords.items() if name in used})

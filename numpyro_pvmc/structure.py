@@ -29,6 +29,7 @@ class Plate(NamedTuple):
 class Latent(NamedTuple):
     """One draw of a latent site: its shapes left and right of the border between batch and event axes."""
 
+    name: str
     batch_shape: tuple[int, ...]
     event_shape: tuple[int, ...]
     dtype: Any
@@ -39,7 +40,7 @@ class Latent(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """What of a program is its chain. Python values only: nothing here is traced.
+    """What of a program is its chain. Hashable Python values only: nothing here is traced.
 
     A *factor* is a site of which the chain has a log density: a latent site, or an observed one.
     """
@@ -47,8 +48,8 @@ class Structure(NamedTuple):
     scan_index: int
     length: int
     plates: tuple[Plate, ...]
-    initial: dict[str, Latent]
-    step: dict[str, Latent]
+    initial_sites: tuple[Latent, ...]
+    step_sites: tuple[Latent, ...]
     global_sites: tuple[str, ...]
     is_state: tuple[bool, ...]
     holding: bool
@@ -58,6 +59,16 @@ class Structure(NamedTuple):
     initial_factors: tuple[str, ...]
     later_factors: tuple[str, ...]
     global_factors: tuple[str, ...]
+
+    @property
+    def initial(self) -> dict[str, Latent]:
+        """Latent sites of the chain's beginning, by name."""
+        return {site.name: site for site in self.initial_sites}
+
+    @property
+    def step(self) -> dict[str, Latent]:
+        """Latent sites of one step, by name."""
+        return {site.name: site for site in self.step_sites}
 
     @property
     def sites(self) -> dict[str, Latent]:
@@ -158,8 +169,8 @@ def _analyse(model, arguments, values):
         scan_index=chain.index,
         length=chain.length,
         plates=plates,
-        initial={name: _latent(outside[name]) for name in initial},
-        step={name: _latent(site) for name, site in chain.latent.items()},
+        initial_sites=tuple(_latent(outside[name]) for name in initial),
+        step_sites=tuple(_latent(site) for site in chain.latent.values()),
         global_sites=tuple(name for name in outside_latent if name not in initial),
         is_state=tuple(not clock for clock in is_clock),
         holding=bool(kept),
@@ -176,7 +187,7 @@ def _analyse(model, arguments, values):
 def _latent(site):
     shape = jnp.shape(site["value"])
     border = len(shape) - site["fn"].event_dim
-    return Latent(shape[:border], shape[border:], jnp.result_type(site["value"]))
+    return Latent(site["name"], shape[:border], shape[border:], jnp.result_type(site["value"]))
 
 
 def _carry_influence(model, arguments, values, chain):

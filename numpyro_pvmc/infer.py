@@ -1,0 +1,357 @@
+"""A program, a guide, data in; trained parameters and the smoothed posterior out."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import tqdm
+from jax import lax, random
+from numpyro.infer import ELBO, SVI
+from numpyro.infer.svi import SVIRunResult, SVIState
+
+from numpyro_pvmc.chain import check_data, read_chain, read_structure
+from numpyro_pvmc.objectives import ImportanceSmoothedELBO
+from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
+from numpyro_pvmc.potentials import check_guide, propose
+from numpyro_pvmc.program import Arguments
+
+_CHUNK = 100  # updates in one compiled call, between two looks at the progress bar
+
+
+class PVMC(SVI):
+    """Parallel variational Monte Carlo: fit a state-space model, and smooth.
+
+    A sibling of :class:`numpyro.infer.SVI` for models whose latent process is a Markov chain in a NumPyro `scan`. The guide
+    proposes K particles independently at every time step, and the objective sums over all K^T trajectories through them
+    (:class:`numpyro_pvmc.ImportanceSmoothedELBO`); the same weights give the smoothed posterior.
+
+    :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
+    :param guide: a NumPyro program that samples the chain's sites with a leading time axis, independently over time, such as
+        :class:`numpyro.infer.autoguide.AutoNormal`.
+    :param optim: an optimiser of NumPyro or Optax; Adam with a slowly decaying step by default.
+    :param loss: an objective; by default ``ImportanceSmoothedELBO`` with the four choices below.
+    :param num_particles: K.
+    :param gradient: how the guide learns.
+    :param method: how trajectories are summed.
+    :param particles: how particles are drawn.
+    :param static_kwargs: keyword arguments of model and guide that stay the same.
+    :raises ValueError: if choices of the default loss are given beside an explicit one, or do not exist.
+
+    **Reference**
+
+    *Efficient Learning of Deep State Space Models via Importance Smoothing*, John-Joseph Brady, Nikolas Nüsken, Yunpeng Li
+    (ICML 2026).
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.contrib.control_flow import scan
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_pvmc import PVMC
+        >>> def model(y):
+        ...     scale = numpyro.param("scale", 0.3, constraint=dist.constraints.positive)
+        ...     def step(x_prev, y_t):
+        ...         x = numpyro.sample("x", dist.Normal(0.9 * x_prev, scale))
+        ...         numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        ...         return x, None
+        ...     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
+        >>> y = jnp.sin(jnp.arange(20.0))
+        >>> pvmc = PVMC(model, AutoNormal(model), num_particles=8)
+        >>> result = pvmc.run(jax.random.key(0), 200, y, progress_bar=False)
+        >>> posterior = pvmc.posterior(jax.random.key(1), result.params, y)
+        >>> posterior.particles["x"].shape, posterior.mean()["x"].shape
+        ((20, 8), (20,))
+        >>> pvmc.sample_posterior(jax.random.key(2), result.params, y, sample_shape=(5,))["x"].shape
+        (5, 20)
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Any = None,
+        loss: ELBO | None = None,
+        *,
+        num_particles: int | None = None,
+        gradient: str | None = None,
+        method: str | None = None,
+        particles: str | None = None,
+        **static_kwargs: Any,
+    ):
+        choices = {"num_particles": num_particles, "gradient": gradient, "method": method, "particles": particles}
+        choices = {name: choice for name, choice in choices.items() if choice is not None}
+        if loss is None:
+            loss = ImportanceSmoothedELBO(**choices)
+        elif choices:
+            raise ValueError(
+                f"{sorted(choices)} are choices of the default loss, and cannot be given beside an explicit `loss`. Give them "
+                "to the loss: `loss=ImportanceSmoothedELBO(...)`."
+            )
+        super().__init__(model, guide, _default_optimiser() if optim is None else optim, loss, **static_kwargs)
+        self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
+        self._compiled_evaluate = jax.jit(self._evaluate)
+        self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "stable"))
+        self._compiled_posterior = jax.jit(self._posterior)
+        self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape",))
+
+    def init(
+        self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any
+    ) -> SVIState:
+        """The initial state, once the program, the guide and the data have been checked.
+
+        :param rng_key: random key.
+        :param args: arguments of the model and the guide.
+        :param init_params: initial values of parameters, by name.
+        :param kwargs: keyword arguments of the model and the guide.
+        :return: the state that :meth:`update` takes.
+        :raises ValueError: if the program has no Markov chain that can be read, the guide does not fit it, or the data contain
+            NaN; the message names the site and says what to do.
+        """
+        is_smoothed = isinstance(self.loss, ImportanceSmoothedELBO)
+        arguments = self._arguments(args, kwargs)
+        if is_smoothed:
+            # Before NumPyro looks: what cannot be read has a name here.
+            structure = read_structure(self.model, arguments, init_params or {})
+        state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        if is_smoothed:
+            params = self.get_params(state) | (state.mutable_state or {})
+            check_guide(structure, self.guide, arguments, params)
+            if not _is_traced((rng_key, arguments, params)):
+                check_data(read_chain(structure, self.model, arguments, params))
+        return state
+
+    def update(
+        self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
+    ) -> tuple[SVIState, jax.Array]:
+        """Take one step of the optimiser. Compiled: arrays among the arguments are traced, anything else is static.
+
+        :param svi_state: the state.
+        :param args: arguments of the model and the guide.
+        :param forward_mode_differentiation: not available.
+        :param kwargs: keyword arguments of the model and the guide.
+        :return: the new state, and the loss at the old one.
+        :raises ValueError: if `forward_mode_differentiation` is asked for.
+        """
+        _refuse_forward_mode(forward_mode_differentiation)
+        return self._compiled_update(svi_state, Arguments(args, kwargs), stable=False)
+
+    def stable_update(
+        self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
+    ) -> tuple[SVIState, jax.Array]:
+        """Like :meth:`update`, but keep the old state if the loss or the new state is not finite.
+
+        :param svi_state: the state.
+        :param args: arguments of the model and the guide.
+        :param forward_mode_differentiation: not available.
+        :param kwargs: keyword arguments of the model and the guide.
+        :return: the new state or the old one, and the loss.
+        :raises ValueError: if `forward_mode_differentiation` is asked for.
+        """
+        _refuse_forward_mode(forward_mode_differentiation)
+        return self._compiled_update(svi_state, Arguments(args, kwargs), stable=True)
+
+    def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
+        """The loss that :meth:`update` would report at a state.
+
+        :param svi_state: the state.
+        :param args: arguments of the model and the guide.
+        :param kwargs: keyword arguments of the model and the guide.
+        :return: the loss.
+        """
+        return self._compiled_evaluate(svi_state, Arguments(args, kwargs))
+
+    def run(
+        self,
+        rng_key: jax.Array,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        forward_mode_differentiation: bool = False,
+        init_state: SVIState | None = None,
+        init_params: dict[str, Any] | None = None,
+        grow: bool = True,
+        **kwargs: Any,
+    ) -> SVIRunResult:
+        """Train for a number of steps.
+
+        From a cold start the weights of many particles all go to one of them before the guide is near the posterior, and the
+        objective stalls. So training starts with one particle, and grows to K in a few phases, each compiled once; the last
+        third of the steps has all K. A run that goes on from `init_state` has K particles throughout.
+
+        :param rng_key: random key.
+        :param num_steps: number of updates.
+        :param args: arguments of the model and the guide.
+        :param progress_bar: whether to show progress, with the bound.
+        :param stable_update: whether to skip updates that are not finite.
+        :param forward_mode_differentiation: not available.
+        :param init_state: a state to go on from.
+        :param init_params: initial values of parameters, by name.
+        :param grow: whether to begin with few particles. Without, each step equals one of :class:`numpyro.infer.SVI`.
+        :param kwargs: keyword arguments of the model and the guide.
+        :return: parameters, last state, and the losses; while the number of particles grows a loss is that of the number in
+            use.
+        :raises ValueError: for `num_steps` below 1, or as :meth:`init`.
+        """
+        if num_steps < 1:
+            raise ValueError(f"`num_steps` must be a positive integer, but got {num_steps}.")
+        _refuse_forward_mode(forward_mode_differentiation)
+        state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
+        arguments = Arguments(args, kwargs)
+        phases = [(None, num_steps)]
+        if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
+            phases = growth(num_steps, self.loss.num_particles)
+        losses = []
+        hidden = not progress_bar or _is_traced((state, arguments))
+        with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
+            for num_particles, steps in phases:
+                for done in range(0, steps, _CHUNK):
+                    count = min(_CHUNK, steps - done)
+                    state, chunk = self._compiled_updates(
+                        state, arguments, jnp.asarray(count), num_particles=num_particles, stable=stable_update
+                    )
+                    losses.append(chunk[:count])
+                    if not hidden:
+                        bar.set_postfix_str(_report(self.loss, num_particles, losses[-1]), refresh=False)
+                        bar.update(count)
+        return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
+
+    def posterior(self, rng_key: jax.Array, params: dict[str, Any], *args: Any, **kwargs: Any) -> SmoothedPosterior:
+        """The smoothed posterior: fresh particles from the guide, weighed.
+
+        :param rng_key: random key.
+        :param params: trained parameters.
+        :param args: arguments of the model and the guide.
+        :param kwargs: keyword arguments of the model and the guide.
+        :return: weighted particles; global sites are drawn once.
+        """
+        return self._compiled_posterior(rng_key, params, self._arguments(args, kwargs))
+
+    def sample_posterior(
+        self,
+        rng_key: jax.Array,
+        params: dict[str, Any],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> dict[str, jax.Array]:
+        """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
+
+        Pass the result to :class:`numpyro.infer.Predictive`, with a longer time axis for forecasts.
+
+        :param rng_key: random key.
+        :param params: trained parameters.
+        :param args: arguments of the model and the guide.
+        :param sample_shape: how many to draw.
+        :param kwargs: keyword arguments of the model and the guide.
+        :return: ``{site: (*sample_shape, ...)}``, latent and deterministic sites in the shapes that the model gives them.
+        """
+        arguments = self._arguments(args, kwargs)
+        return self._compiled_sample(rng_key, params, arguments, sample_shape=tuple(sample_shape))
+
+    def _arguments(self, args, kwargs):
+        return Arguments(args, kwargs | self.static_kwargs)
+
+    def _with_num_particles(self, num_particles):
+        if num_particles is None or num_particles == self.loss.num_particles:
+            return self
+        grown = copy.copy(self)
+        grown.loss = self.loss.with_num_particles(num_particles)
+        return grown
+
+    def _update(self, state, arguments, stable):
+        update = SVI.stable_update if stable else SVI.update
+        return update(self, state, *arguments.args, **arguments.kwargs)
+
+    def _evaluate(self, state, arguments):
+        return SVI.evaluate(self, state, *arguments.args, **arguments.kwargs)
+
+    def _updates(self, state, arguments, count, num_particles, stable):
+        own = self._with_num_particles(num_particles)
+
+        def body(i, state_and_losses):
+            state, losses = state_and_losses
+            state, loss = own._update(state, arguments, stable)
+            return state, losses.at[i].set(loss.astype(losses.dtype))
+
+        dtype = jax.eval_shape(lambda: own._update(state, arguments, stable)[1]).dtype
+        return lax.fori_loop(0, count, body, (state, jnp.full(_CHUNK, jnp.nan, dtype)))
+
+    def _posterior(self, rng_key, params, arguments):
+        structure = read_structure(self.model, arguments, params)
+        loss = self._smoothed_loss()
+        lattice = propose(rng_key, structure, self.model, self.guide, arguments, params, loss.num_particles)
+        return smoothed_posterior(lattice, structure, self.model, arguments, params, loss.method)
+
+    def _sample(self, rng_key, params, arguments, sample_shape):
+        posterior_key, sample_key = random.split(rng_key)
+        if not read_structure(self.model, arguments, params).global_sites:
+            return self._posterior(posterior_key, params, arguments).sample(sample_key, sample_shape)
+        keys = random.split(rng_key, (int(jnp.prod(jnp.array(sample_shape, int))), 2)) if sample_shape else None
+
+        def one(keys):
+            return self._posterior(keys[0], params, arguments).sample(keys[1])
+
+        if keys is None:
+            return one((posterior_key, sample_key))
+        samples = lax.map(one, keys)
+        return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
+
+    def _smoothed_loss(self):
+        if not isinstance(self.loss, ImportanceSmoothedELBO):
+            raise TypeError(
+                f"The posterior needs the loss `ImportanceSmoothedELBO`, but this `PVMC` has {type(self.loss).__name__}."
+            )
+        return self.loss
+
+
+def growth(num_steps: int, num_particles: int) -> list[tuple[int, int]]:
+    """Numbers of particles, and of steps for each, of a run that starts cold.
+
+    :param num_steps: number of steps in all.
+    :param num_particles: K.
+    :return: pairs of a number of particles and a number of steps: half of the steps with one particle, then numbers growing
+        fourfold up to K.
+
+    .. doctest::
+
+        >>> from numpyro_pvmc.infer import growth
+        >>> growth(1200, 16)
+        [(1, 600), (4, 200), (16, 400)]
+    """
+    numbers = [num_particles]
+    while numbers[0] > 1:
+        numbers.insert(0, max(numbers[0] // 4, 1))
+    if len(numbers) == 1:
+        return [(num_particles, num_steps)]
+    first, last = num_steps // 2, num_steps // 3
+    middle = numbers[1:-1]
+    steps = [first] + [(num_steps - first - last) // max(len(middle), 1)] * len(middle)
+    steps.append(num_steps - sum(steps))
+    return [(number, count) for number, count in zip(numbers, steps, strict=True) if count]
+
+
+def _default_optimiser():
+    return optax.adam(lambda step: 2e-2 / jnp.sqrt(1.0 + step / 500.0))
+
+
+def _refuse_forward_mode(asked):
+    if asked:
+        raise ValueError(
+            "`forward_mode_differentiation=True` is not available: the doubly reparameterised gradient is a rule for "
+            "reverse-mode differentiation. Leave it out."
+        )
+
+
+def _is_traced(tree):
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _report(loss, num_particles, losses):
+    number = getattr(loss, "num_particles", None) if num_particles is None else num_particles
+    return f"bound: {-float(jnp.nanmean(losses)):.4f}, K = {number}"
