@@ -111,7 +111,9 @@ def marginals(
 
     weights, log_z = jax.grad(total, has_aux=True)(node)
     _, alpha = _forward(node, edge, mask)
-    log_weights = hold(jnp.log(weights), mask)
+    # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
+    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
+    log_weights = hold(log_weights, mask)
     return Marginals(log_z, _normalized(log_weights), _normalized(alpha))
 
 
@@ -210,7 +212,11 @@ def _forward(node, edge, mask):
     @jax.checkpoint  # without it the backward pass would keep all S blocks of K x K
     def step(alpha, inputs):
         node, present, edge_inputs = inputs
-        moved = node + logsumexp(alpha[..., :, None] + function(edge_inputs), -2)
+        edge = function(edge_inputs)
+        if mask is not None:
+            # What stands in padding may be nan, and nan times a cotangent of zero is nan.
+            node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
+        moved = node + logsumexp(alpha[..., :, None] + edge, -2)
         alpha = jnp.where(present[..., None], moved, alpha)
         return alpha, alpha
 
@@ -238,4 +244,4 @@ def _lazy(edge):
 
 def _normalized(log_weights):
     total = logsumexp(log_weights, -1)[..., None]
-    return jnp.where(jnp.isneginf(total), log_weights, log_weights - total)
+    return log_weights - jnp.where(jnp.isneginf(total), 0.0, total)
