@@ -112,17 +112,20 @@ class PVMC(SVI):
         :raises ValueError: if the program has no Markov chain that can be read, the guide does not fit it, or the data contain
             NaN; the message names the site and says what to do.
         """
-        is_smoothed = isinstance(self.loss, ImportanceSmoothedELBO)
-        arguments = self._arguments(args, kwargs)
-        if is_smoothed:
-            # Before NumPyro looks: what cannot be read has a name here.
-            structure = read_structure(self.model, arguments, init_params or {})
-        state = super().init(rng_key, *args, init_params=init_params, **kwargs)
-        if is_smoothed:
-            params = self.get_params(state) | (state.mutable_state or {})
+        if not isinstance(self.loss, ImportanceSmoothedELBO):
+            return super().init(rng_key, *args, init_params=init_params, **kwargs)
+        # Before NumPyro looks: what cannot be read has a name here.
+        arguments, params = self._arguments(args, kwargs), init_params or {}
+        structure = read_structure(self.model, arguments, params)
+        if not _is_traced((arguments, params)):
+            check_data(read_chain(structure, self.model, arguments, params))
+        try:
+            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        except Exception:
+            # NumPyro runs the model at draws of the guide: see whether the guide is why that failed.
             check_guide(structure, self.guide, arguments, params)
-            if not _is_traced((rng_key, arguments, params)):
-                check_data(read_chain(structure, self.model, arguments, params))
+            raise
+        check_guide(structure, self.guide, arguments, self.get_params(state) | (state.mutable_state or {}))
         return state
 
     def update(

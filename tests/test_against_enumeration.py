@@ -1,0 +1,120 @@
+"""The whole way from a program to its answer, against visiting every trajectory through the same particles.
+
+The particles are the library's; everything computed from them is computed a second time from the program's hand-written
+densities, in NumPy.
+"""
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from models import BY_NAME
+from numpyro_pvmc import PVMC
+from oracles import enumerate_chain
+
+CASES = [  # precision, program, number of particles
+    *((np.float64, name, 3) for name in BY_NAME),
+    *((np.float64, name, 1) for name in ("deterministic_start", "two_coupled_sites", "padded")),
+    *((np.float32, name, 2) for name in ("autoregression_4", "two_coupled_sites", "global_sites", "parameters")),
+    *((np.float32, name, 2) for name in ("vector", "positive", "held", "sensors", "after_the_scan_in_plates")),
+]
+
+
+@pytest.fixture(scope="module")
+def dtype(request):
+    """One precision after the other: JAX may mix up NumPy constants where a process goes to and fro.
+
+    Every program here is compiled to run once, which makes most of XLA's optimisations a waste of time.
+    """
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.enable_x64(request.param is np.float64):
+        yield request.param
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+def smooth(program, num_particles):
+    """A posterior of the untrained guide."""
+    pvmc = PVMC(program.model, program.guide, num_particles=num_particles)
+    state = pvmc.init(jax.random.key(1), *program.args, **program.kwargs)
+    return pvmc.posterior(jax.random.key(2), pvmc.get_params(state), *program.args, **program.kwargs)
+
+
+def presence(program, n):
+    """For each step of series `n` whether it is present."""
+    return np.ones(program.length, bool) if program.present is None else program.present[:, *n]
+
+
+def columns(program, posterior, n):
+    """The particles of series `n`: for each present step, the start first, a list of K dictionaries."""
+    globals_ = {name: float(value) for name, value in posterior.globals.items()}
+    particles = {name: np.asarray(value, float) for name, value in posterior.particles.items()}
+    K = particles[program.sites[0]].shape[1]
+    first = [{s.removesuffix("_0"): particles[s][k][n] for s in program.initial_sites} | globals_ for k in range(K)]
+    steps = [
+        [{s: particles[s][t, k][n] for s in program.sites} | globals_ for k in range(K)]
+        for t in np.flatnonzero(presence(program, n))
+    ]
+    return first, steps
+
+
+def enumerate_program(program, posterior, n):
+    """Every trajectory of series `n`, through the start, if it is drawn, and the present steps."""
+    first, steps = columns(program, posterior, n)
+    times = np.flatnonzero(presence(program, n))
+    log_k = np.log(len(first))
+    node = [[-program.propose(t, n, now) - log_k for now in step] for t, step in zip(times, steps, strict=True)]
+    edge = [
+        [[program.step(t, n, prev, now) for now in after] for prev in before]
+        for t, before, after in zip(times[1:], steps[:-1], steps[1:], strict=True)
+    ]
+    if program.start:
+        node.insert(0, [program.start(n, x) - program.propose_start(n, x) - log_k for x in first])
+        edge.insert(0, [[program.step(times[0], n, prev, now) for now in steps[0]] for prev in first])
+    else:
+        node[0] += np.array([program.step(times[0], n, {}, now) for now in steps[0]])
+    edge = np.reshape(edge, (len(node) - 1, len(first), len(first)))
+    return enumerate_chain(np.array(node), edge)
+
+
+def check_shapes(program, posterior, num_particles):
+    """Time, particles, plates, event; the initial sites have no time; no other axes."""
+    assert posterior.log_normalizer.shape == program.plates
+    assert set(posterior.particles) == {*program.sites, *program.initial_sites}
+    assert set(posterior.log_weights) == set(posterior.log_filtering_weights) == set(posterior.particles)
+    for site in posterior.particles:
+        time = (program.length,) if site in program.sites else ()
+        assert posterior.particles[site].shape == (*time, num_particles, *program.plates, *program.event)
+        assert posterior.log_weights[site].shape == (*time, num_particles, *program.plates)
+        assert posterior.log_filtering_weights[site].shape == (*time, num_particles, *program.plates)
+
+
+def check(program, posterior, tolerance):
+    """log Z, smoothing and filtering weights of every series; an absent step repeats the last present one's weights."""
+    near = {"rtol": tolerance, "atol": tolerance}
+    for n in np.ndindex(*program.plates):
+        exact = enumerate_program(program, posterior, n)
+        assert_allclose(posterior.log_normalizer[n], exact.log_normalizer, **near)
+        last_present = np.cumsum(presence(program, n)) - 1 + bool(program.start)
+        begun = last_present >= 0
+        for ours, theirs in (
+            (posterior.log_weights, exact.weights),
+            (posterior.log_filtering_weights, exact.filtering_weights),
+        ):
+            for site in program.sites:
+                assert_allclose(np.exp(ours[site])[begun][:, :, *n], theirs[last_present[begun]], **near)
+            for site in program.initial_sites:
+                assert_allclose(np.exp(ours[site])[:, *n], theirs[0], **near)
+
+
+@pytest.mark.parametrize(("dtype", "name", "num_particles"), CASES, indirect=["dtype"])
+def test_enumeration(dtype, name, num_particles):
+    program = BY_NAME[name]
+    posterior = smooth(program, num_particles)
+    assert posterior.log_normalizer.dtype == dtype
+    check_shapes(program, posterior, num_particles)
+    check(program, posterior, 1e-10 if dtype is np.float64 else 1e-4)
+    if program.present is not None:
+        assert_array_equal(np.isnan(posterior.effective_sample_size()["x"]), ~program.present)

@@ -1,0 +1,288 @@
+"""Sums over all trajectories, against visiting every one of them."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from numpy.testing import assert_allclose, assert_array_equal
+
+from numpyro_pvmc import smoothing
+from oracles import enumerate_chain, forward_backward, paths_and_logs
+
+INF = np.inf
+LATTICES = [  # T, batch, K, masked
+    (4, (), 3, False),
+    (3, (3,), 2, True),
+    (3, (2, 3), 2, False),
+    (3, (2, 3), 2, True),
+    (1, (2,), 3, True),
+    (4, (), 1, False),
+    (1, (), 1, False),
+]
+both_methods = pytest.mark.parametrize("method", ["sequential", "associative"])
+
+
+def random_chain(T, batch, K, masked=False, seed=0):
+    """Random potentials, one in five of them -inf, with or without a mask; the first step is present."""
+    rng = np.random.default_rng(seed)
+    node, edge = rng.normal(size=(T, *batch, K)), rng.normal(size=(max(T - 1, 0), *batch, K, K))
+    node[rng.random(node.shape) < 0.2] = edge[rng.random(edge.shape) < 0.2] = -INF
+    mask = rng.random((T, *batch)) < 0.6
+    mask[0] = True
+    return jnp.asarray(node), jnp.asarray(edge), jnp.asarray(mask) if masked else None
+
+
+def finite_chain(T=4, K=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(T, K))), jnp.asarray(rng.normal(size=(T - 1, K, K)))
+
+
+def enumerate_batch(node, edge, mask, batch):
+    """One enumerated chain for each place in the batch."""
+    for n in np.ndindex(*batch):
+        here = (slice(None), *n)
+        yield here, enumerate_chain(*(None if x is None else np.asarray(x)[here] for x in (node, edge, mask)))
+
+
+@jax.jit(static_argnames="method")
+def everything(node, edge, mask, method):
+    chain = (node, edge, mask, method)
+    return smoothing.log_normalizer(*chain), smoothing.marginals(*chain), smoothing.pairwise_marginals(*chain)
+
+
+@both_methods
+@pytest.mark.parametrize(("T", "batch", "K", "masked"), LATTICES)
+def test_enumeration(T, batch, K, masked, method, tolerance):
+    node, edge, mask = random_chain(T, batch, K, masked, seed=K)
+    log_z, marginals, pairs = everything(node, edge, mask, method)
+    assert log_z.shape == marginals.log_normalizer.shape == batch
+    assert marginals.log_weights.shape == marginals.log_filtering_weights.shape == (T, *batch, K)
+    assert pairs.shape == (T - 1, *batch, K, K)
+    for here, exact in enumerate_batch(node, edge, mask, batch):
+        near = {"rtol": tolerance, "atol": tolerance}
+        assert_allclose(log_z[here[1:]], exact.log_normalizer, **near)
+        assert_allclose(marginals.log_normalizer[here[1:]], exact.log_normalizer, **near)
+        assert_allclose(np.exp(marginals.log_weights[here]), exact.weights, **near)
+        assert_allclose(np.exp(marginals.log_filtering_weights[here]), exact.filtering_weights, **near)
+        assert_allclose(pairs[here], exact.pair_weights, **near)
+
+
+def test_the_two_speeds_are_one_number(x64):
+    for T in (2, 5, 8):
+        node, edge, mask = random_chain(T, (2,), 3, masked=True, seed=T)
+        sequential, associative = (everything(node, edge, mask, method) for method in ("sequential", "associative"))
+        jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-14), sequential, associative)
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"`method` must be one of .* got 'fast'"):
+        smoothing.log_normalizer(*finite_chain(), method="fast")
+
+
+def test_one_particle_adds_up_the_potentials(x64):
+    node, edge = finite_chain(K=1)
+    assert_allclose(smoothing.log_normalizer(node, edge), node.sum() + edge.sum(), rtol=1e-14)
+
+
+@both_methods
+def test_gradients_of_the_log_normalizer_are_the_marginals(x64, method):
+    node, edge = finite_chain()
+    by_node, by_edge = jax.grad(smoothing.log_normalizer, (0, 1))(node, edge, method=method)
+    exact = enumerate_chain(node, edge)
+    assert_allclose(by_node, exact.weights, rtol=1e-12)
+    assert_allclose(by_edge, exact.pair_weights, rtol=1e-12)
+    assert_allclose(by_edge.sum(-1), by_node[:-1], rtol=1e-12)
+    assert_allclose(by_edge.sum(-2), by_node[1:], rtol=1e-12)
+
+
+@both_methods
+def test_gradients_by_finite_differences(x64, method):
+    def log_normalizer(node, edge):
+        return smoothing.log_normalizer(jnp.asarray(node), jnp.asarray(edge), method=method)
+
+    check_grads(jax.jit(log_normalizer), finite_chain(), order=2, modes=["rev"])
+
+
+@both_methods
+def test_gradients_of_a_smoothed_state_by_finite_differences(x64, method):
+    """A loss on the smoothed state is a second derivative of the log normalizer."""
+
+    def smoothed(node, edge):
+        weights = jnp.exp(smoothing.marginals(jnp.asarray(node), jnp.asarray(edge), method=method).log_weights)
+        return weights @ jnp.arange(3.0)
+
+    check_grads(jax.jit(smoothed), finite_chain(), order=1, modes=["rev"])
+
+
+def test_a_constant_goes_through(x64):
+    """Added to the potentials of any one step it adds to the log normalizer and changes no weight."""
+    node, edge = finite_chain()
+    before = smoothing.marginals(node, edge)
+    for t in range(3):
+        after = smoothing.marginals(node.at[t].add(5.0), edge.at[t].add(-1.5))
+        assert_allclose(after.log_normalizer, before.log_normalizer + 3.5, rtol=1e-12)
+        assert_allclose(after.log_weights, before.log_weights, rtol=1e-12)
+
+
+def test_particles_have_no_order(x64):
+    node, edge = finite_chain()
+    order = np.array([np.random.default_rng(t).permutation(3) for t in range(4)])
+    t = np.arange(4)[:, None]
+    permuted = edge[t[:-1, None], order[:-1, :, None], order[1:, None, :]]
+    before, after = smoothing.marginals(node, edge), smoothing.marginals(node[t, order], permuted)
+    assert_allclose(after.log_normalizer, before.log_normalizer, rtol=1e-12)
+    assert_allclose(after.log_weights, before.log_weights[t, order], rtol=1e-12)
+
+
+@both_methods
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_an_impossible_chain(step, method):
+    """No trajectory through one step: -inf, no weights, no gradients; the chain beside it in the batch is untouched."""
+    node, edge = (jnp.stack([x, x], 1) for x in finite_chain())
+    node = node.at[step, 0].set(-INF)
+    log_z, marginals, pairs = everything(node, edge, None, method)
+    exact = enumerate_chain(node[:, 1], edge[:, 1])
+    assert_allclose(log_z, [-INF, exact.log_normalizer], rtol=1e-4)
+    assert (marginals.log_weights[:, 0] == -INF).all()
+    assert_allclose(np.exp(marginals.log_weights[:, 1]), exact.weights, atol=1e-4)
+    assert_allclose(pairs[:, 0], 0.0)
+    assert_allclose(pairs[:, 1], exact.pair_weights, atol=1e-4)
+    filtering = enumerate_chain(node[:, 0], edge[:, 0]).filtering_weights
+    assert_allclose(np.exp(marginals.log_filtering_weights[:, 0]), filtering, atol=1e-4)
+
+
+@both_methods
+@pytest.mark.parametrize("gap", [INF, 300.0], ids=["impossible", "underflow"])
+def test_a_loss_on_the_weights_has_finite_gradients_beside_particles_without_weight(gap, method):
+    """Also when the weight only underflows, as exp(-300) does in float32."""
+    node, edge = finite_chain()
+    node = node.at[1, 2].set(-gap)
+
+    @jax.jit
+    @jax.grad
+    def slope(node):
+        return (jnp.exp(smoothing.marginals(node, edge, method=method).log_weights) @ jnp.arange(3.0)).sum()
+
+    assert slope(node)[1, 2] == 0.0
+    assert_allclose(slope(node), slope(node.at[1, 2].set(-60.0)), atol=1e-5)
+
+
+@both_methods
+def test_what_stands_in_absent_steps_does_not_matter(x64, method):
+    """NaN included, for the value and for the gradients."""
+    node, edge = finite_chain(T=5)
+    mask = jnp.array([True, False, True, True, False])
+    exact = enumerate_chain(node, edge, mask)
+    filled = node.at[~mask].set(jnp.nan), edge.at[~mask[1:]].set(jnp.nan)
+    value, (by_node, by_edge) = jax.value_and_grad(smoothing.log_normalizer, (0, 1))(*filled, mask, method)
+    assert_allclose(value, exact.log_normalizer, rtol=1e-12)
+    assert_allclose(by_node, exact.weights * mask[:, None], rtol=1e-12)
+    assert_allclose(by_edge, exact.pair_weights, rtol=1e-12, atol=1e-15)
+
+
+@both_methods
+def test_all_states_as_particles_is_the_hidden_markov_model(x64, method):
+    rng = np.random.default_rng(3)
+    log_initial, log_transition = np.log(rng.dirichlet(np.ones(4))), np.log(rng.dirichlet(np.ones(4), size=4))
+    log_emission = rng.normal(size=(30, 4))
+    exact = forward_backward(log_initial, log_transition, log_emission)
+    node, edge = log_emission + np.eye(30, 1) * log_initial, np.repeat(log_transition[None], 29, 0)
+    log_z, marginals, pairs = everything(jnp.asarray(node), jnp.asarray(edge), None, method)
+    assert_allclose(log_z, exact.log_normalizer, rtol=1e-12)
+    assert_allclose(np.exp(marginals.log_weights), exact.weights, rtol=1e-10)
+    assert_allclose(np.exp(marginals.log_filtering_weights), exact.filtering_weights, rtol=1e-10)
+    assert_allclose(pairs, exact.pair_weights, rtol=1e-10)
+
+
+@both_methods
+@pytest.mark.parametrize("spread", ["one constant", "far apart"])
+def test_float32_with_large_potentials(spread, method):
+    """Potentials near 1e4; what may be lost is the rounding of the log normalizer itself, 4e4 * 2^-24 = 0.002."""
+    node, edge = finite_chain()
+    node = node - 1e4 if spread == "one constant" else node * 1e4
+    exact = enumerate_chain(node, edge)
+    log_z, marginals, pairs = everything(node, edge, None, method)
+    assert log_z.dtype == jnp.float32
+    assert_allclose(log_z, exact.log_normalizer, rtol=1e-6)
+    assert_allclose(np.exp(marginals.log_weights), exact.weights, atol=0.01)
+    assert_allclose(pairs, exact.pair_weights, atol=0.01)
+
+
+def test_float32_stays_float32(x64):
+    """Also in a process that allows float64: what comes out, and every exponential on the way."""
+    node, edge = (x.astype(jnp.float32) for x in finite_chain())
+    for method in ("sequential", "associative"):
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(everything(node, edge, None, method)))
+        program = str(everything.trace(node, edge, None, method).jaxpr)
+        assert re.search(r"f32\[[\d,]+\] = exp", program)
+        assert not re.search(r"f64\[[\d,]+\] = (exp|log)", program)
+
+
+def gaussian_edges(batch):
+    """Transitions between particle positions, as a function and as an array."""
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(4, *batch, 3)))
+
+    def edge(positions):
+        x_prev, x = positions
+        return -0.5 * (x[..., None, :] - jnp.sin(x_prev[..., :, None])) ** 2
+
+    return edge, (x[:-1], x[1:])
+
+
+@both_methods
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_edges_computed_when_needed_are_the_array_of_them(x64, batch, method):
+    node, _, mask = random_chain(4, batch, 3, masked=True)
+    function, inputs = gaussian_edges(batch)
+
+    @partial(jax.jit, static_argnums=0)
+    def marginals_and_slope(edge, inputs):
+        log_normalizer = lambda inputs: smoothing.log_normalizer(node, edge(inputs), mask, method).sum()
+        return smoothing.marginals(node, edge(inputs), mask, method), jax.grad(log_normalizer)(inputs)
+
+    lazy = marginals_and_slope(lambda inputs: smoothing.Edges(function, inputs), inputs)
+    dense = marginals_and_slope(function, inputs)
+    jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-15), lazy, dense)
+
+
+def test_vmap_is_a_batch(x64):
+    node, edge, mask = random_chain(3, (2,), 3, masked=True)
+    batched = everything(node, edge, mask, "sequential")
+    over_series = (0, smoothing.Marginals(0, 1, 1), 1)
+    mapped = jax.vmap(lambda *c: everything(*c, "sequential"), 1, over_series)(node, edge, mask)
+    jax.tree.map(partial(assert_allclose, rtol=1e-12), batched, mapped)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["present", "masked"])
+def test_trajectories_have_the_joint_frequencies(masked):
+    """Every one of the 27 paths as often as its mass says, in each chain of a batch, within 4.5 standard errors."""
+    node, edge, mask = random_chain(3, (2,), 3, seed=1)
+    if masked:
+        mask = jnp.array([[True, True], [False, True], [True, False]])
+    draws, key = 40_000, jax.random.key(0)
+    trajectories = smoothing.sample_trajectories(key, node, edge, mask, sample_shape=(draws // 100, 100))
+    assert trajectories.shape == (draws // 100, 100, 3, 2)
+    assert jnp.issubdtype(trajectories.dtype, jnp.integer)
+    for n in range(2):
+        present = np.ones(3, bool) if mask is None else np.asarray(mask[:, n])
+        steps = np.flatnonzero(present)
+        paths, logs = paths_and_logs(np.asarray(node)[steps, n], np.asarray(edge)[steps[1:] - 1, n])
+        expected = np.exp(logs - np.logaddexp.reduce(logs))
+        drawn = np.asarray(trajectories[..., n]).reshape(draws, 3)
+        assert_array_equal(drawn, drawn[:, steps][:, np.cumsum(present) - 1])  # absent steps stay on the particle
+        counted = np.array([(drawn[:, steps] == path).all(-1).mean() for path in paths])
+        standard_error = np.sqrt(expected * (1 - expected) / draws)
+        assert standard_error.max() < 0.003, "too blunt to see anything"
+        assert (np.abs(counted - expected) <= 4.5 * standard_error).all()
+
+
+def test_trajectories_depend_on_the_key_alone():
+    node, edge = finite_chain()
+    draw = jax.jit(lambda key: smoothing.sample_trajectories(key, node, edge, sample_shape=(50,)))
+    one, same, other = (draw(jax.random.key(k)) for k in (0, 0, 1))
+    assert_array_equal(one, same)
+    assert (one != other).any()
