@@ -15,7 +15,7 @@
 # How volatile was the market on a given day? The size of one return says little about it; the days around it say more.
 # *Stochastic volatility* makes the logarithm of the variance a hidden process that wanders from day to day. Here it is
 # written as a plain NumPyro program, fitted to ten years of the S&P 500, checked against a particle filter, and used to
-# look back (smoothing) and ahead (forecasting). That takes two to three minutes on two CPU cores.
+# look back (smoothing) and ahead (forecasting). That takes about two minutes on two CPU cores.
 #
 # You need `pip install "numpyro_pvmc[demo]"`. `SCALE=smoke` in the environment runs the same code small, and
 # `OUTPUT=folder` says where the figure and the posterior go.
@@ -95,9 +95,11 @@ guide = AutoNormal(model, init_loc_fn=init_to_median, init_scale=1.5)
 # %% [markdown]
 # ## Learn
 #
-# `PVMC` is NumPyro's `SVI` with another objective. Each day has 64 particles drawn from the guide, and all $64^{2516}$
-# trajectories through them are weighed at once. By default `run` starts with one particle and grows to 64, for guides that
-# start far from the posterior. This one starts wide and in the right region, so all 64 are put to use from the first step.
+# `PVMC` is NumPyro's `SVI` with another objective. Each day has 64 particles drawn from the guide, and all $64^{2517}$
+# trajectories through them (the start counts too) are weighed at once.
+#
+# By default `run` starts with one particle and grows to 64, for guides that start far from the posterior. This guide
+# starts wide and in the right region, so all 64 particles are of use from the first step: `grow=False`.
 
 # %%
 started = time.perf_counter()

@@ -91,6 +91,5 @@ def _after_scan(structure, model, arguments, values, rows):
     sites = run(model, arguments, {**values, **initial}, random.key(0), at_scan)
     by_time = {name: time_rows(sites[name], structure.length, ()) for name in structure.later_factors}
     return {
-        name: jnp.concatenate([jnp.zeros_like(x[:1])] * (structure.length + 1 - len(x)) + [x])
-        for name, x in by_time.items()
+        name: jnp.concatenate([jnp.zeros_like(x[:1])] * (structure.length + 1 - len(x)) + [x]) for name, x in by_time.items()
     }

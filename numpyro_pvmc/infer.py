@@ -16,7 +16,7 @@ from numpyro_pvmc.chain import check_data, read_chain, read_structure
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.potentials import check_guide, propose
-from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.program import Arguments, parameter_names
 
 _CHUNK = 100  # updates in one compiled call, between two looks at the progress bar
 
@@ -95,13 +95,11 @@ class PVMC(SVI):
         super().__init__(model, guide, _default_optimiser() if optim is None else optim, loss, **static_kwargs)
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
-        self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "stable"))
+        self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "frozen", "stable"))
         self._compiled_posterior = jax.jit(self._posterior)
         self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape",))
 
-    def init(
-        self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any
-    ) -> SVIState:
+    def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:
         """The initial state, once the program, the guide and the data have been checked.
 
         :param rng_key: random key.
@@ -184,8 +182,10 @@ class PVMC(SVI):
         """Train for a number of steps.
 
         From a cold start the weights of many particles all go to one of them before the guide is near the posterior, and the
-        objective stalls. So training starts with one particle, and grows to K in a few phases, each compiled once; the last
-        third of the steps has all K. A run that goes on from `init_state` has K particles throughout.
+        objective stalls. So training starts with one particle, and grows to K in a few phases, each compiled once; see
+        :func:`growth`. While there is one particle the parameters of the model rest, since the plain bound of a guide that is
+        independent over time would draw them towards a chain without memory. A run that goes on from `init_state` has K
+        particles throughout.
 
         :param rng_key: random key.
         :param num_steps: number of updates.
@@ -206,9 +206,10 @@ class PVMC(SVI):
         _refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
         arguments = Arguments(args, kwargs)
-        phases = [(None, num_steps)]
+        phases, frozen = [(None, num_steps)], ()
         if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
             phases = growth(num_steps, self.loss.num_particles)
+            frozen = self._parameters_of_the_model(state, self._arguments(args, kwargs))
         losses = []
         hidden = not progress_bar or _is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
@@ -216,7 +217,12 @@ class PVMC(SVI):
                 for done in range(0, steps, _CHUNK):
                     count = min(_CHUNK, steps - done)
                     state, chunk = self._compiled_updates(
-                        state, arguments, jnp.asarray(count), num_particles=num_particles, stable=stable_update
+                        state,
+                        arguments,
+                        jnp.asarray(count),
+                        num_particles=num_particles,
+                        frozen=frozen if num_particles == 1 else (),
+                        stable=stable_update,
                     )
                     losses.append(chunk[:count])
                     if not hidden:
@@ -260,12 +266,11 @@ class PVMC(SVI):
     def _arguments(self, args, kwargs):
         return Arguments(args, kwargs | self.static_kwargs)
 
-    def _with_num_particles(self, num_particles):
-        if num_particles is None or num_particles == self.loss.num_particles:
-            return self
-        grown = copy.copy(self)
-        grown.loss = self.loss.with_num_particles(num_particles)
-        return grown
+    def _parameters_of_the_model(self, state, arguments):
+        """Parameters that the guide does not have."""
+        params = self.get_params(state) | (state.mutable_state or {})
+        of_model, of_guide = (parameter_names(program, arguments, params) for program in (self.model, self.guide))
+        return tuple(sorted(of_model - of_guide))
 
     def _update(self, state, arguments, stable):
         update = SVI.stable_update if stable else SVI.update
@@ -274,8 +279,11 @@ class PVMC(SVI):
     def _evaluate(self, state, arguments):
         return SVI.evaluate(self, state, *arguments.args, **arguments.kwargs)
 
-    def _updates(self, state, arguments, count, num_particles, stable):
-        own = self._with_num_particles(num_particles)
+    def _updates(self, state, arguments, count, num_particles, frozen, stable):
+        own = self
+        if num_particles not in (None, self.loss.num_particles):
+            own = copy.copy(self)
+            own.loss = self.loss.with_num_particles(num_particles, frozen)
 
         def body(i, state_and_losses):
             state, losses = state_and_losses
@@ -318,29 +326,26 @@ def growth(num_steps: int, num_particles: int) -> list[tuple[int, int]]:
 
     :param num_steps: number of steps in all.
     :param num_particles: K.
-    :return: pairs of a number of particles and a number of steps: half of the steps with one particle, then numbers growing
-        fourfold up to K.
+    :return: pairs of a number of particles and a number of steps: a tenth of the steps with one particle, or 500 if that is
+        more and not above a third; a twentieth for each of the numbers growing fourfold; the rest with K.
 
     .. doctest::
 
         >>> from numpyro_pvmc.infer import growth
-        >>> growth(1200, 16)
-        [(1, 600), (4, 200), (16, 400)]
+        >>> growth(6000, 64)
+        [(1, 600), (4, 300), (16, 300), (64, 4800)]
     """
     numbers = [num_particles]
     while numbers[0] > 1:
         numbers.insert(0, max(numbers[0] // 4, 1))
-    if len(numbers) == 1:
-        return [(num_particles, num_steps)]
-    first, last = num_steps // 2, num_steps // 3
-    middle = numbers[1:-1]
-    steps = [first] + [(num_steps - first - last) // max(len(middle), 1)] * len(middle)
+    alone = max(num_steps // 10, min(num_steps // 3, 500))  # in 500 steps of 0.01 to 0.02 the guide comes near the data
+    steps = [alone, *[num_steps // 20] * (len(numbers) - 2)][: len(numbers) - 1]
     steps.append(num_steps - sum(steps))
     return [(number, count) for number, count in zip(numbers, steps, strict=True) if count]
 
 
 def _default_optimiser():
-    return optax.adam(lambda step: 2e-2 / jnp.sqrt(1.0 + step / 500.0))
+    return optax.adam(lambda step: 2e-2 / jnp.sqrt(1.0 + step / 2000.0))
 
 
 def _refuse_forward_mode(asked):

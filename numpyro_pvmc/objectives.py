@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from numpyro.infer import ELBO
 
 from numpyro_pvmc.chain import read_structure
@@ -72,15 +73,17 @@ class ImportanceSmoothedELBO(ELBO):
         self.gradient = gradient
         self.method = method
         self.particles = particles
+        self.frozen = ()
 
-    def with_num_particles(self, num_particles: int) -> "ImportanceSmoothedELBO":
+    def with_num_particles(self, num_particles: int, frozen: tuple[str, ...] = ()) -> "ImportanceSmoothedELBO":
         """The same objective with another number of particles.
 
         :param num_particles: K.
+        :param frozen: parameters that get no gradient from it.
         """
-        return ImportanceSmoothedELBO(
-            num_particles, gradient=self.gradient, method=self.method, particles=self.particles
-        )
+        loss = ImportanceSmoothedELBO(num_particles, gradient=self.gradient, method=self.method, particles=self.particles)
+        loss.frozen = frozen
+        return loss
 
     def loss_with_mutable_state(
         self,
@@ -103,9 +106,8 @@ class ImportanceSmoothedELBO(ELBO):
         :raises ValueError: if the program has no Markov chain that can be read, or the guide does not fit it.
         """
         arguments = Arguments(args, kwargs)
+        param_map = param_map | {name: lax.stop_gradient(param_map[name]) for name in self.frozen}
         structure = read_structure(model, arguments, param_map)
-        lattice = propose(
-            rng_key, structure, model, guide, arguments, param_map, self.num_particles, self.gradient
-        )
+        lattice = propose(rng_key, structure, model, guide, arguments, param_map, self.num_particles, self.gradient)
         log_z = log_normalizer(lattice.node, lattice.edges, lattice.mask, self.method) + lattice.slack
         return {"loss": -(log_z.sum() + lattice.log_weight_globals), "mutable_state": lattice.mutable_state or None}

@@ -13,7 +13,7 @@ from jax import random
 from numpyro_pvmc.chain import read_chain
 from numpyro_pvmc.potentials import Lattice, Particles, target
 from numpyro_pvmc.program import Arguments, run
-from numpyro_pvmc.smoothing import hold, marginals, sample_backward
+from numpyro_pvmc.smoothing import marginals, sample_backward
 from numpyro_pvmc.structure import Latent, Structure
 
 
@@ -172,8 +172,8 @@ def smoothed_posterior(
 
     def by_site(log_weights):
         log_weights = jnp.moveaxis(log_weights, -1, 1)
-        at_start = {name: log_weights[0] for name in structure.initial}
-        return at_start | {name: log_weights[1:] for name in structure.step}
+        at_start = dict.fromkeys(structure.initial, log_weights[0])
+        return at_start | dict.fromkeys(structure.step, log_weights[1:])
 
     particles = {n: _tidy(x, structure.initial[n], structure) for n, x in lattice.particles.initial.items()}
     particles |= {n: _tidy(x, structure.step[n], structure) for n, x in lattice.particles.steps.items()}

@@ -22,7 +22,7 @@ from jax import lax, random
 
 from numpyro_pvmc.chain import Chain, after_scan, begin, global_log_density, mutable_state, presence, read_chain, step
 from numpyro_pvmc.program import Arguments, draw, log_densities, log_prob
-from numpyro_pvmc.smoothing import Edges, hold
+from numpyro_pvmc.smoothing import Edges
 from numpyro_pvmc.structure import Latent, Structure, per_series
 
 GRADIENTS = ("doubly_reparam", "reparam", "sticking")
@@ -103,9 +103,7 @@ def propose(
     present = presence(chain)
     mask = None if present is None else jnp.concatenate([jnp.ones((1, *plates), bool), present])
     log_weight_globals = global_log_density(chain) - log_q_globals
-    return Lattice(
-        particles, node, edges, mask, slack, global_values, log_weight_globals, mutable | mutable_state(chain)
-    )
+    return Lattice(particles, node, edges, mask, slack, global_values, log_weight_globals, mutable | mutable_state(chain))
 
 
 def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
@@ -304,4 +302,3 @@ def _weigh_cotangents(structure, slack_node, slack):
 
     identity.defvjp(forward, backward)
     return identity
-

@@ -55,7 +55,7 @@ class Arguments:
 
 
 def _hashable(leaf):
-    if not isinstance(leaf, Hashable) or hasattr(leaf, "__array__") and not isinstance(leaf, np.generic):
+    if not isinstance(leaf, Hashable) or (hasattr(leaf, "__array__") and not isinstance(leaf, np.generic)):
         raise TypeError(
             f"Arguments of the model and the guide must be arrays, or hashable Python values, but got a "
             f"{type(leaf).__module__}.{type(leaf).__qualname__}. Convert data with `jax.numpy.asarray`."
@@ -195,6 +195,23 @@ def run(
     with block(), trace() as sites, _AtScan(at_scan), substitute(data=values), seed(rng_seed=rng_key):
         arguments(program)
     return sites
+
+
+def parameter_names(program: Callable, arguments: Arguments, values: dict[str, Any]) -> set[str]:
+    """Names of the parameters that a program declares.
+
+    :param program: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters and sites.
+    """
+    names = set()
+
+    def abstractly(arguments, values):
+        sites = run(program, arguments, values, random.key(0))
+        names.update(name for name, site in sites.items() if site["type"] == "param")
+
+    jax.eval_shape(abstractly, arguments, values)
+    return names
 
 
 def run_body(scan: Scan, t: Any, carry: Any, x: Any, values: dict[str, Any], length: int) -> tuple[Any, Any, Sites]:

@@ -46,9 +46,7 @@ def deterministic_start():
         name="deterministic_start",
         model=model,
         args=(y, 0.5),
-        step=lambda t, n, prev, now: (
-            normal(now["x"], np.tanh(prev["x"] if t else 0.5), 0.5) + normal(y[t], now["x"], 0.7)
-        ),
+        step=lambda t, n, prev, now: normal(now["x"], np.tanh(prev["x"] if t else 0.5), 0.5) + normal(y[t], now["x"], 0.7),
         **normal_guide(4, start=False),
     )
 
@@ -185,9 +183,7 @@ def global_sites():
         model=model,
         args=(y,),
         start=lambda n, first: normal(first["x"], 0.0, first["scale"]),
-        step=lambda t, n, prev, now: (
-            normal(now["x"], now["slope"] * prev["x"], now["scale"]) + normal(y[t], now["x"], 0.7)
-        ),
+        step=lambda t, n, prev, now: normal(now["x"], now["slope"] * prev["x"], now["scale"]) + normal(y[t], now["x"], 0.7),
         log_prior=lambda g: normal(g["slope"], 0.5, 0.3) + log_normal(g["scale"], -0.5, 0.2),
         propose_globals=lambda g: normal(g["slope"], 0.6, 0.1) + log_normal(g["scale"], -0.4, 0.1),
         **{**chain, "guide": guide},

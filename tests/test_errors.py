@@ -333,7 +333,7 @@ def test_guide_laws(law, message):
 
 @pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoDelta])
 def test_joint_autoguides(guide):
-    with pytest.raises(ValueError, match="a `Delta` law.*independently at each time"):
+    with pytest.raises(ValueError, match=r"a `Delta` law.*independently at each time"):
         initialise(random_walk, guide(random_walk))
 
 
@@ -360,17 +360,15 @@ def test_guide_without_an_axis_for_the_plate():
         numpyro.sample("x_0", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
         numpyro.sample("x", dist.Normal(jnp.zeros((T, 3)), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="'x_0' has shape .*without an axis for plate 'series'"):
-        ImportanceSmoothedELBO(4).loss(
-            jax.random.key(0), {}, series_in_plate(lambda x: x), guide, jnp.zeros((T, 3))
-        )
+    with pytest.raises(ValueError, match=r"'x_0' has shape .*without an axis for plate 'series'"):
+        ImportanceSmoothedELBO(4).loss(jax.random.key(0), {}, series_in_plate(lambda x: x), guide, jnp.zeros((T, 3)))
 
 
 # --- data
 
 
 def test_nan_in_the_data():
-    with pytest.raises(ValueError, match="site 'y' contain NaN, first at time 2 of the scan.*handlers.mask"):
+    with pytest.raises(ValueError, match=r"site 'y' contain NaN, first at time 2 of the scan.*handlers.mask"):
         initialise(random_walk, None, Y.at[2].set(jnp.nan))
 
 
@@ -432,7 +430,7 @@ def test_data_that_are_not_arrays():
     class Table:
         __array__ = None
 
-    with pytest.raises(TypeError, match="jax.numpy.asarray"):
+    with pytest.raises(TypeError, match=r"jax.numpy.asarray"):
         initialise(random_walk, None, Table())
 
 
@@ -466,7 +464,7 @@ def test_choices_beside_an_explicit_loss():
 
 def test_posterior_of_another_loss():
     pvmc = PVMC(random_walk, fitting_guide, loss=Trace_ELBO())
-    with pytest.raises(TypeError, match="ImportanceSmoothedELBO.*Trace_ELBO"):
+    with pytest.raises(TypeError, match=r"ImportanceSmoothedELBO.*Trace_ELBO"):
         pvmc.posterior(jax.random.key(0), {}, Y)
 
 

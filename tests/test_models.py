@@ -1,5 +1,6 @@
 """Each program against its own second description: the hand-written NumPy densities are those that NumPyro computes."""
 
+import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -11,19 +12,26 @@ from models import PROGRAMS
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-@pytest.fixture(params=PROGRAMS, ids=str)
+@pytest.fixture(params=PROGRAMS, ids=str, scope="module")
 def program(request):
     return request.param
 
 
-def latent_sites(program_half, program):
-    trace = handlers.trace(handlers.seed(program_half, 0)).get_trace(*program.args, **program.kwargs)
-    return {name: site for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]}
-
-
-def draw(program):
+@pytest.fixture(scope="module")
+def guide_sites(program):
     """One draw of every latent from the guide."""
-    return {name: site["value"] for name, site in latent_sites(program.guide, program).items()}
+    with jax.enable_x64(True):
+        return latent_sites(program, program.guide)
+
+
+@pytest.fixture
+def values(guide_sites):
+    return {name: site["value"] for name, site in guide_sites.items()}
+
+
+def latent_sites(program, half):
+    trace = handlers.trace(handlers.seed(half, 0)).get_trace(*program.args, **program.kwargs)
+    return {name: site for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]}
 
 
 def path(program, values, n):
@@ -35,8 +43,7 @@ def path(program, values, n):
     return globals_, first | globals_, [step | globals_ for step in steps]
 
 
-def test_the_model_is_its_description(program):
-    values = draw(program)
+def test_the_model_is_its_description(program, values):
     expected = 0.0
     for n in np.ndindex(*program.plates):
         globals_, prev, steps = path(program, values, n)
@@ -49,8 +56,7 @@ def test_the_model_is_its_description(program):
     assert_allclose(value, expected + program.log_prior(globals_), rtol=1e-12)
 
 
-def test_the_guide_is_its_description(program):
-    values = draw(program)
+def test_the_guide_is_its_description(program, values):
     expected = 0.0
     for n in np.ndindex(*program.plates):
         globals_, first, steps = path(program, values, n)
@@ -60,13 +66,13 @@ def test_the_guide_is_its_description(program):
     assert_allclose(value, expected + program.propose_globals(globals_), rtol=1e-12)
 
 
-def test_the_latents_of_model_and_guide_agree(program):
+def test_the_latents_of_model_and_guide_agree(program, guide_sites):
     """Same names, same shapes, one log density for each step and series, and the description covers every latent."""
-    model, guide = latent_sites(program.model, program), latent_sites(program.guide, program)
-    assert set(model) == set(guide) >= {*program.sites, *program.initial_sites}
+    model_sites = latent_sites(program, program.model)
+    assert set(model_sites) == set(guide_sites) >= {*program.sites, *program.initial_sites}
     for name in program.sites:
-        shape = model[name]["value"].shape
-        assert shape == guide[name]["value"].shape
+        shape = model_sites[name]["value"].shape
+        assert shape == guide_sites[name]["value"].shape
         assert shape == (program.length, *program.plates, *program.event)
-        for site in (model[name], guide[name]):
+        for site in (model_sites[name], guide_sites[name]):
             assert site["fn"].log_prob(site["value"]).shape == (program.length, *program.plates)

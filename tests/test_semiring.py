@@ -39,13 +39,13 @@ def test_derivatives_of_logsumexp_are_shares_and_their_covariance(x64):
     x = jnp.asarray([0.3, -INF, 1.2, -0.4])
     shares = np.exp(x) / np.exp(x).sum()
     assert_allclose(jax.grad(logsumexp)(x, 0), shares, rtol=1e-12)
-    assert_allclose(jax.hessian(logsumexp)(x, 0), np.diag(shares) - np.outer(shares, shares), rtol=1e-12, atol=1e-15)
-    assert_allclose(jax.hessian(logsumexp)(jnp.full(3, -INF), 0), np.zeros((3, 3)))
+    hessian = jax.jit(jax.hessian(lambda x: logsumexp(x, 0)))
+    assert_allclose(hessian(x), np.diag(shares) - np.outer(shares, shares), rtol=1e-12, atol=1e-15)
+    assert_allclose(hessian(jnp.full(4, -INF)), np.zeros((4, 4)))
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_gradients_of_logsumexp(x64, axis):
-    check_grads(lambda x: logsumexp(jnp.asarray(x), axis), (logs(4, 3),), order=2)
+def test_gradients_of_logsumexp(x64):
+    check_grads(jax.jit(lambda x: logsumexp(jnp.asarray(x), 0)), (logs(4, 3),), order=2)
 
 
 def test_logmatmulexp_is_the_log_of_the_product(tolerance):
@@ -79,4 +79,5 @@ def test_logmatmulexp_is_associative_and_has_a_one(x64):
 
 
 def test_gradients_of_logmatmulexp(x64):
-    check_grads(lambda a, b: logmatmulexp(jnp.asarray(a), jnp.asarray(b)), (logs(2, 3), logs(3, 2, seed=1)), order=2)
+    product = jax.jit(lambda a, b: logmatmulexp(jnp.asarray(a), jnp.asarray(b)))
+    check_grads(product, (logs(2, 3), logs(3, 2, seed=1)), order=2)

@@ -72,7 +72,7 @@ def test_enumeration(T, batch, K, masked, method, tolerance):
 
 
 def test_the_two_speeds_are_one_number(x64):
-    for T in (2, 5, 8):
+    for T in (5, 8):
         node, edge, mask = random_chain(T, (2,), 3, masked=True, seed=T)
         sequential, associative = (everything(node, edge, mask, method) for method in ("sequential", "associative"))
         jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-14), sequential, associative)
@@ -91,7 +91,8 @@ def test_one_particle_adds_up_the_potentials(x64):
 @both_methods
 def test_gradients_of_the_log_normalizer_are_the_marginals(x64, method):
     node, edge = finite_chain()
-    by_node, by_edge = jax.grad(smoothing.log_normalizer, (0, 1))(node, edge, method=method)
+    slopes = jax.jit(jax.grad(partial(smoothing.log_normalizer, method=method), (0, 1)))
+    by_node, by_edge = slopes(node, edge)
     exact = enumerate_chain(node, edge)
     assert_allclose(by_node, exact.weights, rtol=1e-12)
     assert_allclose(by_edge, exact.pair_weights, rtol=1e-12)
@@ -121,9 +122,10 @@ def test_gradients_of_a_smoothed_state_by_finite_differences(x64, method):
 def test_a_constant_goes_through(x64):
     """Added to the potentials of any one step it adds to the log normalizer and changes no weight."""
     node, edge = finite_chain()
-    before = smoothing.marginals(node, edge)
+    marginals = jax.jit(smoothing.marginals)
+    before = marginals(node, edge)
     for t in range(3):
-        after = smoothing.marginals(node.at[t].add(5.0), edge.at[t].add(-1.5))
+        after = marginals(node.at[t].add(5.0), edge.at[t].add(-1.5))
         assert_allclose(after.log_normalizer, before.log_normalizer + 3.5, rtol=1e-12)
         assert_allclose(after.log_weights, before.log_weights, rtol=1e-12)
 
@@ -133,7 +135,8 @@ def test_particles_have_no_order(x64):
     order = np.array([np.random.default_rng(t).permutation(3) for t in range(4)])
     t = np.arange(4)[:, None]
     permuted = edge[t[:-1, None], order[:-1, :, None], order[1:, None, :]]
-    before, after = smoothing.marginals(node, edge), smoothing.marginals(node[t, order], permuted)
+    marginals = jax.jit(smoothing.marginals)
+    before, after = marginals(node, edge), marginals(node[t, order], permuted)
     assert_allclose(after.log_normalizer, before.log_normalizer, rtol=1e-12)
     assert_allclose(after.log_weights, before.log_weights[t, order], rtol=1e-12)
 
