@@ -214,7 +214,7 @@ print(f"Smoothing: {time.perf_counter() - started:.0f} s")
 
 # %%
 started = time.perf_counter()
-samples = smoother.sample_posterior(random.key(4), result.params, y, sample_shape=(500,))
+samples = posterior.sample(random.key(4), (500,))
 predictive = Predictive(model, samples, params=result.params, return_sites=["x", "y"], parallel=True)
 forecast = predictive(random.key(5), T=len(y) + horizon)
 

@@ -1,0 +1,231 @@
+"""`PVMC` as users call it: what compiles when, what is static, cold starts, growth, resumption."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpyro.contrib.control_flow import scan
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_pvmc import PVMC
+from numpyro_pvmc.infer import growth
+from oracles import kalman_filter
+
+Q, R = 1.0, 0.5
+
+
+class CountedModel:
+    """An autoregression in a plate, which counts how often it is traced."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, y=None, T=None, series=3):
+        self.calls += 1
+        a = numpyro.param("a", 0.5)
+        plate = numpyro.plate("series", series)
+
+        def step(x_prev, y_t):
+            with plate:
+                x = numpyro.sample("x", dist.Normal(a * x_prev, Q))
+                numpyro.sample("y", dist.Normal(x, R), obs=y_t)
+            return x, None
+
+        with plate:
+            x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+        scan(step, x_0, y, length=T)
+
+
+def simulate(seed, length=50, series=3):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=series), []
+    for _ in range(length):
+        x = 0.9 * x + Q * rng.normal(size=series)
+        y.append(x + R * rng.normal(size=series))
+    return np.array(y, np.float32)
+
+
+def test_second_run_on_other_data_compiles_nothing():
+    model = CountedModel()
+    pvmc = PVMC(model, AutoNormal(model), num_particles=4)
+    pvmc.run(jax.random.key(0), 130, simulate(0, 6), progress_bar=False)
+    state = pvmc.init(jax.random.key(1), simulate(1, 6))
+    pvmc.update(state, simulate(1, 6))
+    pvmc.evaluate(state, simulate(1, 6))
+    params = pvmc.get_params(state)
+    pvmc.posterior(jax.random.key(0), params, simulate(1, 6))
+    pvmc.sample_posterior(jax.random.key(0), params, simulate(1, 6), sample_shape=(3,))
+    before = model.calls
+    pvmc.update(state, simulate(2, 6))
+    pvmc.evaluate(state, simulate(2, 6))
+    pvmc.posterior(jax.random.key(1), params, simulate(2, 6))
+    pvmc.sample_posterior(jax.random.key(1), params, simulate(2, 6), sample_shape=(3,))
+    pvmc.run(jax.random.key(2), 70, simulate(2, 6), progress_bar=False, init_state=state)
+    between = model.calls
+    assert between - before <= 20  # the run from a state has one phase of its own, the first of its kind
+    pvmc.run(jax.random.key(3), 250, simulate(3, 6), progress_bar=False, init_state=state)
+    assert model.calls == between
+    calls_of_init = _calls(model, lambda: pvmc.init(jax.random.key(4), simulate(4, 6)))
+    calls_of_run = _calls(model, lambda: pvmc.run(jax.random.key(5), 40, simulate(5, 6), progress_bar=False))
+    assert calls_of_run <= calls_of_init + 2  # the names of its parameters
+
+
+def _calls(model, action):
+    before = model.calls
+    action()
+    return model.calls - before
+
+
+def test_python_scalars_are_static_and_arrays_are_traced():
+    seen = []
+
+    def model(y, T, name):
+        seen.append((type(T), type(name), isinstance(y, jax.core.Tracer)))
+
+        def step(x_prev, y_t):
+            x = numpyro.sample("x", dist.Normal(0.5 * x_prev, 1.0))
+            numpyro.sample(name, dist.Normal(x, 1.0), obs=y_t)
+            return x, None
+
+        scan(step, 0.0, y, length=T)
+
+    pvmc = PVMC(model, AutoNormal(model), num_particles=2, name="counts")
+    state = pvmc.init(jax.random.key(0), np.ones(3), T=3)
+    seen.clear()
+    pvmc.update(state, np.ones(3), T=3)
+    assert set(seen) == {(int, str, True)}
+
+
+def test_update_inside_the_users_own_jit_and_scan():
+    model = CountedModel()
+    pvmc = PVMC(model, AutoNormal(model), optax.adam(0.05), num_particles=4)
+    y = jnp.asarray(simulate(0, 6))
+    state = pvmc.init(jax.random.key(0), y)
+
+    @jax.jit
+    def train(state, y):
+        return jax.lax.scan(lambda state, _: pvmc.update(state, y), state, None, length=20)
+
+    last, losses = train(state, y)
+    step_by_step = []
+    for _ in range(20):
+        state, loss = pvmc.update(state, y)
+        step_by_step.append(loss)
+    assert_allclose(losses, step_by_step, rtol=1e-4)
+
+    @jax.jit
+    def everything(key, y):
+        result = pvmc.run(key, 20, y, progress_bar=False)
+        posterior = pvmc.posterior(key, result.params, y)
+        return result.losses, posterior, pvmc.sample_posterior(key, result.params, y, sample_shape=(3,))
+
+    losses, posterior, samples = everything(jax.random.key(0), y)
+    assert np.isfinite(losses).all()
+    assert posterior.sample(jax.random.key(1), (2,))["x"].shape == (2, 6, 3)
+    assert samples["x"].shape == (3, 6, 3)
+
+
+def test_vmap_over_seeds():
+    model = CountedModel()
+    pvmc = PVMC(model, AutoNormal(model), num_particles=3)
+    y = jnp.asarray(simulate(0, 4))
+    state = pvmc.init(jax.random.key(0), y)
+    params = pvmc.get_params(state)
+    posterior = jax.jit(jax.vmap(lambda key: pvmc.posterior(key, params, y)))(jax.random.split(jax.random.key(1), 5))
+    assert posterior.log_normalizer.shape == (5, 3)
+
+
+def test_growth_uses_all_steps_and_ends_with_all_particles():
+    for number in (1, 2, 7, 100, 6000):
+        for K in (1, 2, 3, 16, 32, 1000):
+            phases = growth(number, K)
+            assert sum(steps for _, steps in phases) == number
+            assert phases[-1][0] == K
+            assert all(few < many for (few, _), (many, _) in zip(phases, phases[1:], strict=False))
+
+
+def test_model_parameters_rest_while_there_is_one_particle():
+    model = CountedModel()
+    pvmc = PVMC(model, AutoNormal(model), num_particles=16)
+    assert growth(3, 16)[0] == (1, 1)
+    state = pvmc.init(jax.random.key(0), simulate(0, 6))
+    with_one, _ = pvmc._compiled_updates(
+        state, arguments_of(simulate(0, 6)), jnp.asarray(5), num_particles=1, frozen=("a",), stable=False
+    )
+    assert pvmc.get_params(with_one)["a"] == 0.5
+    assert (pvmc.get_params(with_one)["x_auto_loc"] != pvmc.get_params(state)["x_auto_loc"]).all()
+    assert pvmc._parameters_of_the_model(state, arguments_of(simulate(0, 6))) == ("a",)
+
+
+def arguments_of(*args):
+    from numpyro_pvmc.program import Arguments
+
+    return Arguments(args)
+
+
+def test_a_run_goes_on_from_a_state_and_from_parameters():
+    model = CountedModel()
+    pvmc = PVMC(model, AutoNormal(model), num_particles=4)
+    y = simulate(0, 6)
+    first = pvmc.run(jax.random.key(0), 150, y, progress_bar=False, grow=False)
+    on = pvmc.run(jax.random.key(9), 50, y, progress_bar=False, init_state=first.state)
+    whole = pvmc.run(jax.random.key(0), 200, y, progress_bar=False, grow=False)
+    assert_allclose(jnp.concatenate([first.losses, on.losses]), whole.losses, rtol=1e-5)
+    started = pvmc.init(jax.random.key(1), y, init_params={"a": jnp.array(0.7)})
+    assert pvmc.get_params(started)["a"] == pytest.approx(0.7)
+
+
+def test_stable_updates_survive_what_is_not_finite():
+    def model(y):
+        def step(x_prev, y_t):
+            x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
+            numpyro.factor("bad", jnp.where(x > -1e9, jnp.nan, 0.0))
+            return x, None
+
+        scan(step, 0.0, y)
+
+    pvmc = PVMC(model, lambda y: numpyro.sample("x", dist.Normal(numpyro.param("m", jnp.zeros(3)), 1.0)), num_particles=2)
+    result = pvmc.run(jax.random.key(0), 5, jnp.ones(3), progress_bar=False, stable_update=True)
+    assert np.isnan(result.losses).all()
+    assert_array_equal(result.params["m"], np.zeros(3))
+
+
+def test_progress_bar_shows_the_bound(capsys):
+    model = CountedModel()
+    PVMC(model, AutoNormal(model), num_particles=2).run(jax.random.key(0), 10, simulate(0, 4))
+    shown = capsys.readouterr().err
+    assert "bound: -" in shown
+    assert "K = 2" in shown
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cold_start(seed, trained):
+    """Stock AutoNormal from its usual start, defaults, K = 16: the bound is at the evidence."""
+    result, bounds, exact = trained(seed)
+    error = bounds.std() / np.sqrt(len(bounds))
+    assert error < 0.015
+    assert bounds.mean() > exact - 0.05
+    assert bounds.mean() < exact + 4 * error
+    assert abs(result.params["a"] - 0.9) < 0.1
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model, y = CountedModel(), simulate(1)
+    pvmc = PVMC(model, AutoNormal(model), num_particles=16)
+    bound = jax.jit(jax.vmap(lambda key, params: -pvmc.loss.loss(key, params, model, pvmc.guide, y), in_axes=(0, None)))
+
+    def train(seed):
+        result = pvmc.run(jax.random.key(seed), 6000, y, progress_bar=False)
+        one, a = np.eye(1), np.full((1, 1), float(result.params["a"]))
+        law = (np.zeros(1), one, a, np.zeros(1), Q**2 * one, one, R**2 * one)
+        unobserved = np.full((1, 1), np.nan)
+        exact = sum(kalman_filter(law, np.concatenate([unobserved, y[:, i : i + 1]])).log_evidence for i in range(3))
+        bounds = np.asarray(bound(jax.random.split(jax.random.key(100 + seed), 200), result.params), np.float64)
+        return result, bounds, exact
+
+    return train

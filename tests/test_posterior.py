@@ -1,0 +1,271 @@
+"""Summaries against NumPy on the same particles; trajectories against enumeration; forecasts against the Kalman filter."""
+
+import dataclasses
+import functools
+
+import arviz
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpyro.contrib.control_flow import scan
+from numpyro.infer import Predictive
+
+from models import BY_NAME
+from numpyro_pvmc import PVMC
+from oracles import LinearGaussian, forecast, rts_smoother
+from test_against_enumeration import enumerate_program
+
+SHAPES = {"autoregression_4": (), "vector": (2,), "series": (3,), "matrix": (3, 2, 2)}  # plates and event of a site
+by_shape = pytest.mark.parametrize("name", SHAPES)
+
+
+@functools.cache
+def smoothed(name, num_particles=8):
+    """A posterior of the untrained guide of a small program."""
+    program = BY_NAME[name]
+    pvmc = PVMC(program.model, program.guide, num_particles=num_particles)
+    params = pvmc.get_params(pvmc.init(jax.random.key(1), *program.args, **program.kwargs))
+    return pvmc.posterior(jax.random.key(2), params, *program.args, **program.kwargs)
+
+
+def weighted(posterior, site):
+    """Particles and weights of the same shape in float64, the particles' axis last."""
+    axis = 0 if site == "x_0" else 1
+    x, log_weights = (np.asarray(a[site], np.float64) for a in (posterior.particles, posterior.log_weights))
+    weights = np.exp(log_weights).reshape(log_weights.shape + (1,) * (x.ndim - log_weights.ndim))
+    return np.moveaxis(x, axis, -1), np.moveaxis(np.broadcast_to(weights, x.shape), axis, -1)
+
+
+def weighted_quantile(x, w, q):
+    """Each particle stands at the middle of its share of the mass; (*q.shape, ...)."""
+
+    def one(x, w):
+        order = np.argsort(x)
+        return np.interp(q, np.cumsum(w[order]) - w[order] / 2, x[order])
+
+    rows = [one(*pair) for pair in zip(x.reshape(-1, x.shape[-1]), w.reshape(-1, x.shape[-1]), strict=True)]
+    return np.moveaxis(np.reshape(rows, (*x.shape[:-1], *np.shape(q))), range(x.ndim - 1), range(-x.ndim + 1, 0))
+
+
+@by_shape
+def test_mean_and_variance(name):
+    posterior = smoothed(name)
+    mean, variance = posterior.mean(), posterior.variance()
+    assert set(mean) == set(variance) == {"x_0", "x"}
+    for site in mean:
+        steps = () if site == "x_0" else (BY_NAME[name].length,)
+        assert mean[site].shape == variance[site].shape == (*steps, *SHAPES[name])
+        x, w = weighted(posterior, site)
+        expected = (w * x).sum(-1)
+        assert_allclose(mean[site], expected, rtol=1e-4, atol=1e-5)
+        assert_allclose(variance[site], (w * (x - expected[..., None]) ** 2).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@by_shape
+@pytest.mark.parametrize(
+    "q", [0.3, np.array([0.0, 0.5, 0.9]), np.array([[0.05, 0.5], [0.95, 1.0]])], ids=["()", "(3,)", "(2, 2)"]
+)
+def test_quantile(name, q):
+    posterior = smoothed(name)
+    for site, quantile in posterior.quantile(q).items():
+        steps = () if site == "x_0" else (BY_NAME[name].length,)
+        assert quantile.shape == (*np.shape(q), *steps, *SHAPES[name])
+        assert_allclose(quantile, weighted_quantile(*weighted(posterior, site), q), rtol=1e-4, atol=1e-4)
+
+
+@by_shape
+def test_quantile_of_equal_weights_is_that_of_numpy(name):
+    posterior = smoothed(name)
+    equal = {site: jnp.full_like(w, -np.log(8)) for site, w in posterior.log_weights.items()}
+    q = np.array([0.1, 0.5, 0.77])
+    for site, quantile in dataclasses.replace(posterior, log_weights=equal).quantile(q).items():
+        assert_allclose(quantile, np.quantile(weighted(posterior, site)[0], q, axis=-1, method="hazen"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("q", [-0.1, np.array([0.5, 1.1])])
+def test_quantile_refuses_what_is_no_probability(q):
+    with pytest.raises(ValueError, match="`q` must be between 0 and 1"):
+        smoothed("autoregression_4").quantile(q)
+
+
+@by_shape
+def test_weights_sum_to_one_and_give_the_effective_sample_size(name):
+    posterior = smoothed(name)
+    for site, size in posterior.effective_sample_size().items():
+        axis = 0 if site == "x_0" else 1
+        for log_weights in (posterior.log_weights[site], posterior.log_filtering_weights[site]):
+            assert_allclose(np.exp(log_weights).sum(axis), 1.0, rtol=1e-5)
+        weights = np.exp(np.asarray(posterior.log_weights[site], np.float64))
+        assert_allclose(size, 1 / (weights**2).sum(axis), rtol=1e-4)
+        assert ((size >= 1) & (size <= 8)).all()
+
+
+def particle_numbers(posterior, samples, site, n):
+    """Which particle of its step each value of a trajectory is: (number of samples,) or (number of samples, T)."""
+    axis = 0 if site == "x_0" else 1
+    values, particles = np.asarray(samples[site])[..., *n], np.asarray(posterior.particles[site])[..., *n]
+    is_it = np.expand_dims(values, axis + 1) == particles
+    assert (is_it.sum(axis + 1) == 1).all()
+    return is_it.argmax(axis + 1)
+
+
+@pytest.mark.parametrize("name", ["two_coupled_sites", "series", "held"])
+def test_trajectories_have_the_joint_law_of_the_lattice(name):
+    """Neighbouring points, and the two ends, pair by pair; all sites of a point come from one particle."""
+    program, posterior, number = BY_NAME[name], smoothed(name, 3), 20_000
+    samples = posterior.sample(jax.random.key(0), (number,))
+
+    def check(before, after, expected):
+        frequency = np.zeros((3, 3))
+        np.add.at(frequency, (before, after), 1 / number)
+        error = np.sqrt(expected * (1 - expected) / number)  # at most 0.0036
+        assert (abs(frequency - expected) < 5 * error + 2 / number).all()
+
+    for n in np.ndindex(*program.plates):
+        exact = enumerate_program(program, posterior, n)
+        present = np.ones(program.length, bool) if program.present is None else program.present[:, *n]
+        first = particle_numbers(posterior, samples, "x_0", n)
+        points = np.vstack([first, particle_numbers(posterior, samples, "x", n).T[present]])
+        for site in program.sites:
+            assert_array_equal(particle_numbers(posterior, samples, site, n).T[present], points[1:])
+        for before, after, expected in zip(points[:-1], points[1:], exact.pair_weights, strict=True):
+            check(before, after, expected)
+        onward = exact.pair_weights / exact.weights[:-1, :, None]
+        check(points[0], points[-1], exact.weights[0][:, None] * functools.reduce(np.matmul, onward))
+
+
+@by_shape
+def test_samples_have_the_shapes_of_the_model(name):
+    program, posterior = BY_NAME[name], smoothed(name)
+    prior = Predictive(program.model, num_samples=5)(jax.random.key(0), *program.args, **program.kwargs)
+    samples = posterior.sample(jax.random.key(0), (5,))
+    assert {site: x.shape for site, x in samples.items()} == {site: prior[site].shape for site in ("x_0", "x")}
+
+
+A, Q, R, T = 0.9, 0.5, 0.7, 6
+LAW = LinearGaussian(*(np.array(x) for x in ([0.0], [[1.0]], [[A]], [0.0], [[Q**2]], [[1.0]], [[R**2]])))
+Y = np.array([0.8, -0.3, 1.1, 1.9, 0.6, 1.4])
+EXACT = rts_smoother(LAW, np.concatenate([[np.nan], Y])[:, None])
+
+
+def model(y=None, T=None):
+    slope = numpyro.param("slope", A)
+
+    def step(x_prev, y_t):
+        x = numpyro.sample("x", dist.Normal(slope * x_prev, Q))
+        numpyro.deterministic("level", 10 * x)
+        numpyro.sample("y", dist.Normal(x, R), obs=y_t)
+        return x, x
+
+    scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y, length=T)
+
+
+def guide(y):
+    """The exact smoothing marginals."""
+    law = dist.Normal(jnp.asarray(EXACT.means[:, 0]), jnp.asarray(EXACT.covariances[:, 0, 0]) ** 0.5)
+    numpyro.sample("x_0", dist.Normal(law.loc[0], law.scale[0]))
+    numpyro.sample("x", dist.Normal(law.loc[1:], law.scale[1:]))
+
+
+@pytest.mark.parametrize("sample_shape", [(), (5,), (2, 3)])
+def test_samples_have_the_sample_shape_and_deterministic_sites(sample_shape):
+    pvmc = PVMC(model, guide, num_particles=8)
+    samples = pvmc.posterior(jax.random.key(0), {"slope": A}, Y).sample(jax.random.key(1), sample_shape)
+    again = pvmc.sample_posterior(jax.random.key(0), {"slope": A}, Y, sample_shape=sample_shape)
+    for draws in (samples, again):
+        shapes = {"x_0": sample_shape, "x": (*sample_shape, T), "level": (*sample_shape, T)}
+        assert {site: x.shape for site, x in draws.items()} == shapes
+        assert_allclose(draws["level"], 10 * draws["x"], rtol=1e-6)
+
+
+def test_global_sites_are_one_draw_in_a_posterior_and_fresh_draws_in_its_samples():
+    program, posterior = BY_NAME["global_sites"], smoothed("global_sites")
+    assert set(posterior.globals) == {"slope", "scale"}
+    assert_array_equal(posterior.sample(jax.random.key(0), (4,))["slope"], np.full(4, posterior.globals["slope"]))
+
+    pvmc = PVMC(program.model, program.guide, num_particles=8)
+    for sample_shape in ((), (20,), (2, 10)):
+        samples = pvmc.sample_posterior(jax.random.key(0), {}, *program.args, sample_shape=sample_shape)
+        assert samples["slope"].shape == samples["x_0"].shape == sample_shape
+        assert samples["x"].shape == (*sample_shape, 4)
+        for site in samples:
+            assert len(np.unique(np.asarray(samples[site]))) == samples[site].size
+
+
+def test_a_posterior_comes_out_of_jit():
+    pvmc = PVMC(model, guide, num_particles=8)
+    plain = pvmc.posterior(jax.random.key(0), {"slope": A}, Y)
+    jitted = jax.jit(lambda key, slope, y: pvmc.posterior(key, {"slope": slope}, y))(jax.random.key(0), A, Y)
+    assert jax.tree.structure(jitted) == jax.tree.structure(plain)
+    for ours, theirs in zip(jax.tree.leaves(jitted), jax.tree.leaves(plain), strict=True):
+        assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    samples = [posterior.sample(jax.random.key(1), (5,)) for posterior in (plain, jitted)]
+    inside = jax.jit(lambda posterior: posterior.sample(jax.random.key(1), (5,)))(plain)
+    for site in ("x_0", "x", "level"):
+        assert_allclose(samples[1][site], samples[0][site], rtol=1e-6)
+        assert_allclose(inside[site], samples[0][site], rtol=1e-6)
+
+
+def assert_mean(samples, expected, *, at_most_standard_error):
+    standard_error = samples.std(0) / np.sqrt(len(samples))
+    assert (standard_error < at_most_standard_error).all(), f"too blunt to see anything: standard error {standard_error}"
+    assert (abs(samples.mean(0) - expected) < 4 * standard_error).all()
+
+
+def test_forecasts_continue_each_trajectory_from_its_last_state():
+    """Draws from one lattice share its K particles, so the unit of the error bars is a lattice: 400 of 16 draws each."""
+    lattices, draws, horizon = 400, 16, 4
+    pvmc = PVMC(model, guide, num_particles=256)
+    one = lambda key: pvmc.sample_posterior(key, {"slope": A}, Y, sample_shape=(draws,))
+    samples = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(jax.random.key(0), lattices))
+    together = {site: x.reshape(-1, *x.shape[2:]) for site, x in samples.items()}
+    predict = Predictive(model, together, params={"slope": A}, return_sites=["x", "y"])
+    predicted = predict(jax.random.key(1), T=T + horizon)
+    assert_array_equal(predicted["x"][:, :T], together["x"])
+
+    # In units of standard deviations of the exact law.
+    mean, variance = (moment.reshape(horizon) for moment in forecast(LAW, np.concatenate([[np.nan], Y])[:, None], horizon)[2:])
+    z = (np.asarray(predicted["y"][:, T:], np.float64) - mean) / np.sqrt(variance)
+    last_variance = EXACT.covariances[-1, 0, 0]
+    last = (np.asarray(together["x"][:, -1:], np.float64) - EXACT.means[-1, 0]) / np.sqrt(last_variance)
+    correlation = A ** np.arange(1, horizon + 1) * np.sqrt(last_variance / variance)
+    by_lattice = lambda x: x.reshape(lattices, draws, horizon).mean(1)
+    assert_mean(by_lattice(z), 0.0, at_most_standard_error=0.02)
+    assert_mean(by_lattice(z**2), 1.0, at_most_standard_error=0.02)
+    assert_mean(by_lattice(z * last), correlation, at_most_standard_error=0.02)
+
+
+def test_arviz(tmp_path):
+    posterior = smoothed("matrix")
+    dates = np.array(["2020-01-01", "2020-01-02", "2020-01-04"], "datetime64[ns]")
+    data = posterior.to_arviz(jax.random.key(0), num_samples=7, time=dates)
+    path = str(tmp_path / "posterior.nc")
+    data.to_netcdf(path)
+    for data in (data, arviz.from_netcdf(path)):
+        assert data["posterior"]["x"].dims == ("chain", "draw", "time", "series", "x_dim_0", "x_dim_1")
+        assert data["posterior"]["x_0"].dims == ("chain", "draw", "series", "x_0_dim_0", "x_0_dim_1")
+        assert data["posterior"].sizes["draw"] == 7
+        assert data["observed_data"]["y"].dims[:2] == ("time", "series")
+        smoothing = data["smoothing"]
+        assert smoothing["log_normalizer"].dims == smoothing["x_0_effective_sample_size"].dims == ("series",)
+        assert smoothing["x_effective_sample_size"].dims == ("time", "series")
+        assert smoothing["x_mean"].dims == ("time", "series", "x_mean_dim_0", "x_mean_dim_1")
+        for group in ("posterior", "observed_data", "smoothing"):
+            assert_array_equal(data[group]["time"], dates)
+            assert_array_equal(data[group]["series"], range(3))
+        assert_array_equal(data["posterior"]["x"][0], posterior.sample(jax.random.key(0), (7,))["x"])
+        assert_array_equal(data["observed_data"]["y"], BY_NAME["matrix"].args[0])
+        assert_allclose(smoothing["x_sd"], np.sqrt(posterior.variance()["x"]), rtol=1e-5)
+        assert_array_equal(smoothing["log_normalizer"], posterior.log_normalizer)
+
+
+def test_arviz_counts_time_from_zero_and_checks_its_length():
+    data = smoothed("autoregression_4").to_arviz(num_samples=3)
+    assert data["posterior"]["x"].dims == ("chain", "draw", "time")
+    assert_array_equal(data["posterior"]["time"], range(4))
+    with pytest.raises(ValueError, match=r"`time` must have shape \(4,\), but it has shape \(3,\)"):
+        smoothed("autoregression_4").to_arviz(time=range(3))
