@@ -116,10 +116,9 @@ print(f"PVMC: {num_steps} steps in {time.perf_counter() - started:.0f} s")
 
 # %%
 started = time.perf_counter()
-plain_guide = AutoNormal(model, init_loc_fn=init_to_median, init_scale=1.5)
 plain_steps = 8 * num_steps
 plain_optimizer = optax.adam(optax.cosine_decay_schedule(0.1, plain_steps, alpha=0.03))
-plain = SVI(model, plain_guide, plain_optimizer, Trace_ELBO())
+plain = SVI(model, guide, plain_optimizer, Trace_ELBO())
 plain_result = plain.run(random.key(0), plain_steps, y, progress_bar=False)
 jax.block_until_ready(plain_result)
 print(f"ELBO: {plain_steps} steps in {time.perf_counter() - started:.0f} s")
@@ -135,7 +134,7 @@ print(f"ELBO: {plain_steps} steps in {time.perf_counter() - started:.0f} s")
 smoother = PVMC(model, guide, num_particles=more_particles)
 
 
-def bounds(svi, guide, params, keys):
+def bounds(svi, params, keys):
     """The objective at fresh draws of the guide, one for each key."""
     draw = jax.jit(lambda keys: jax.lax.map(lambda key: -svi.loss.loss(key, params, model, guide, y), keys))
     return np.asarray(draw(keys))
@@ -168,12 +167,12 @@ print(f"Particle filter: 2 x {num_repeats} runs in {time.perf_counter() - starte
 
 started = time.perf_counter()
 print("objective      mu     phi      s        bound          log evidence     gap")
-for name, particles, svi, its_guide, params, num_draws in [
-    ("ELBO", 1, plain, plain_guide, plain_result.params, 1_000),
-    ("PVMC", num_particles, pvmc, guide, result.params, 100),
-    ("PVMC", more_particles, smoother, guide, result.params, 20),
+for name, particles, svi, params, num_draws in [
+    ("ELBO", 1, plain, plain_result.params, 1_000),
+    ("PVMC", num_particles, pvmc, result.params, 100),
+    ("PVMC", more_particles, smoother, result.params, 20),
 ]:
-    bound, evidence = bounds(svi, its_guide, params, random.split(random.key(2), num_draws)), evidence_at[name]
+    bound, evidence = bounds(svi, params, random.split(random.key(2), num_draws)), evidence_at[name]
     print(
         f"{name}, K = {particles:<3} {params['mu']:6.2f} {params['phi']:6.3f} {params['s']:6.3f}"
         f"   {bound.mean():7.1f} ± {bound.std(ddof=1) / np.sqrt(num_draws):.1f}"
@@ -200,7 +199,7 @@ def annualised(x):
     return np.sqrt(252) * np.exp(np.asarray(x) / 2)
 
 
-levels = jnp.array([0.05, 0.5, 0.95])
+levels = np.array([0.05, 0.5, 0.95])
 low, middle, high = annualised(posterior.quantile(levels)["x"])
 for day in (middle.argmax(), middle.argmin()):
     print(f"{dates[day]}: volatility {middle[day]:.0f}% a year, 90% between {low[day]:.0f}% and {high[day]:.0f}%")
@@ -219,8 +218,8 @@ predictive = Predictive(model, samples, params=result.params, return_sites=["x",
 forecast = predictive(random.key(5), T=len(y) + horizon)
 
 future_dates = np.busday_offset(dates[-1], np.arange(horizon + 1))  # from the last day on; holidays are not left out
-ahead_low, ahead_middle, ahead_high = annualised(jnp.quantile(forecast["x"][:, len(y) - 1 :], levels, axis=0))
-moves = np.cumsum(forecast["y"][:, len(y) - 1 :].at[:, 0].set(0.0), axis=1)
+ahead_low, ahead_middle, ahead_high = annualised(np.quantile(forecast["x"], levels, axis=0)[:, len(y) - 1 :])
+moves = np.pad(np.cumsum(np.asarray(forecast["y"])[:, len(y) :], axis=1), ((0, 0), (1, 0)))
 print(f"In {horizon} trading days, with 90% probability:")
 print(f"- the volatility is between {ahead_low[-1]:.0f}% and {ahead_high[-1]:.0f}% a year")
 least, most = np.quantile(moves[:, -1], [0.05, 0.95])

@@ -120,22 +120,16 @@ def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, ja
     return Step(edge, node, new_state, output)
 
 
-def presence(chain: Chain) -> jax.Array | None:
-    """At which steps the chain goes on.
+def presence(chain: Chain) -> dict[str, jax.Array] | None:
+    """At which steps the chain has its latent sites.
 
     :param chain: the chain.
-    :return: a boolean array of shape ``(T, *plates)``, false where all latent sites are masked; ``None`` if no site is.
+    :return: for each latent site of a step a boolean array of shape ``(T, *plates)``, false where it is masked; ``None`` if no
+        site ever is.
     """
     if not chain.structure.masked:
         return None
-    plates = chain.structure.plates
-
-    def present(sites):
-        masks = [mask_of(sites[name]) for name in chain.structure.step]
-        masks = [jnp.ones((), bool) if mask is None else mask for mask in masks]
-        return sum(per_series(mask.astype(jnp.int32), plates) for mask in masks) > 0
-
-    return _at_all_steps(chain, present)
+    return _at_all_steps(chain, lambda sites: {name: _unmasked(sites[name], chain) > 0 for name in chain.structure.step})
 
 
 def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax.Array:
@@ -185,13 +179,9 @@ def check_data(chain: Chain) -> None:
     structure = chain.structure
 
     def look(sites):
-        nan = {name: _nan_count(site) for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
-        observed = [mask_of(site) for name, site in sites.items() if name in nan]
-        observed = sum(
-            (per_series(jnp.ones((), jnp.int32) * (1 if mask is None else mask), structure.plates) for mask in observed),
-            start=jnp.zeros([plate.size for plate in structure.plates], jnp.int32),
-        )
-        return nan, observed
+        observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
+        nan = {name: _nan_count(site) for name, site in observed.items()}
+        return nan, sum((_unmasked(site, chain) for site in observed.values()), start=jnp.zeros((), jnp.int32))
 
     nan, observed = jax.tree.map(np.asarray, jax.jit(lambda: _at_all_steps(chain, look))())
     for name, count in nan.items():
@@ -211,7 +201,7 @@ def check_data(chain: Chain) -> None:
     present = presence(chain)
     if present is None:
         return
-    present = np.asarray(present)
+    present = np.any([np.asarray(of_site) for of_site in present.values()], 0)
     resumes = ~present[:-1] & present[1:]
     starts_late = ~present[0]
     if not structure.holding and (resumes.any() or (starts_late & present.any(0)).any()):
@@ -239,6 +229,12 @@ def _nan_count(site):
     missing = missing.any(range(missing.ndim - site["fn"].event_dim, missing.ndim))
     mask = mask_of(site)
     return (missing if mask is None else missing & mask).sum()
+
+
+def _unmasked(site, chain):
+    """How many elements of a site are not masked, for each series."""
+    mask = mask_of(site)
+    return per_series(jnp.ones((), jnp.int32) if mask is None else mask.astype(jnp.int32), chain.structure.plates)
 
 
 def _at_all_steps(chain, function):

@@ -1,6 +1,7 @@
 """A program, a guide, data in; trained parameters and the smoothed posterior out."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -300,17 +301,15 @@ class PVMC(SVI):
         return smoothed_posterior(lattice, structure, self.model, arguments, params, loss.method)
 
     def _sample(self, rng_key, params, arguments, sample_shape):
-        posterior_key, sample_key = random.split(rng_key)
         if not read_structure(self.model, arguments, params).global_sites:
+            posterior_key, sample_key = random.split(rng_key)
             return self._posterior(posterior_key, params, arguments).sample(sample_key, sample_shape)
-        keys = random.split(rng_key, (int(jnp.prod(jnp.array(sample_shape, int))), 2)) if sample_shape else None
 
-        def one(keys):
-            return self._posterior(keys[0], params, arguments).sample(keys[1])
+        def one(rng_key):
+            posterior_key, sample_key = random.split(rng_key)
+            return self._posterior(posterior_key, params, arguments).sample(sample_key)
 
-        if keys is None:
-            return one((posterior_key, sample_key))
-        samples = lax.map(one, keys)
+        samples = lax.map(one, random.split(rng_key, math.prod(sample_shape)))
         return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
 
     def _smoothed_loss(self):

@@ -11,6 +11,7 @@ scan. With the proposal q_t and `log K` for each proposed step, and lower indice
 start is a point of K equal particles, each of weight 1 / K.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -94,14 +95,15 @@ def propose(
     q_params, q_globals = params, global_values
     if gradient in ("doubly_reparam", "sticking"):
         q_params, q_globals = lax.stop_gradient((params, global_values))
-    log_q = proposal_log_densities(structure, guide, arguments, q_params | q_globals, guide_key, particles)
-
-    values = params | mutable | global_values
-    chain = read_chain(structure, model, arguments, values)
+    chain = read_chain(structure, model, arguments, params | mutable | global_values)
+    present = presence(chain)
+    log_q = proposal_log_densities(structure, guide, arguments, q_params | q_globals, guide_key, particles, present)
     log_p, edges = target(chain, particles)
     node = log_p - log_q - math.log(num_particles) + slack_node
-    present = presence(chain)
-    mask = None if present is None else jnp.concatenate([jnp.ones((1, *plates), bool), present])
+    mask = None
+    if present is not None:
+        steps = functools.reduce(jnp.logical_or, present.values())
+        mask = jnp.concatenate([jnp.ones((1, *plates), bool), steps])
     log_weight_globals = global_log_density(chain) - log_q_globals
     return Lattice(particles, node, edges, mask, slack, global_values, log_weight_globals, mutable | mutable_state(chain))
 
@@ -156,6 +158,7 @@ def proposal_log_densities(
     values: dict[str, Any],
     rng_key: jax.Array,
     particles: Particles,
+    present: dict[str, jax.Array] | None,
 ) -> jax.Array:
     """Log densities of the guide at the particles.
 
@@ -165,6 +168,8 @@ def proposal_log_densities(
     :param values: values of its parameters, mutable state and global sites.
     :param rng_key: random key.
     :param particles: particles.
+    :param present: for each site of a step where it is not masked in the model; a masked site has no density, neither here nor
+        there.
     :return: an array of shape ``(T + 1, *plates, K)``.
     :raises ValueError: if the log density of a site has no time axis, or lacks a plate.
     """
@@ -172,7 +177,10 @@ def proposal_log_densities(
     def one(initial, steps):
         sites = log_densities(guide, arguments, values, rng_key, initial | steps)
         at_start = [_by_series(sites[name], site, structure, 0) for name, site in structure.initial.items()]
-        at_steps = [_by_series(sites[name], site, structure, 1) for name, site in structure.step.items()]
+        at_steps = {name: _by_series(sites[name], site, structure, 1) for name, site in structure.step.items()}
+        if present is not None:
+            at_steps = {name: jnp.where(present[name], log_q, 0.0) for name, log_q in at_steps.items()}
+        at_steps = list(at_steps.values())
         log_steps = sum(at_steps[1:], start=at_steps[0])
         log_start = sum(at_start[1:], start=at_start[0]) if at_start else jnp.zeros_like(log_steps[0])
         return jnp.concatenate([log_start[None], log_steps])

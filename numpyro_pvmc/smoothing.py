@@ -54,7 +54,7 @@ def log_normalizer(
 
     :param node: potentials of the points.
     :param edge: potentials of the transitions, as an array or as :class:`Edges`.
-    :param mask: which points are present; absent ones are held. All are present by default.
+    :param mask: which points are present; absent ones are held. All are present by default; the first one always is.
     :param method: ``"sequential"``, a scan of T steps of work K^2, memory O(T K); ``"associative"``, a tree of matrix
         products of work T K^3 and depth log T, memory O(T K^2); ``"auto"`` takes the first on a CPU, and the second
         elsewhere for few particles.
@@ -73,8 +73,8 @@ def log_normalizer(
         method = "associative" if jax.default_backend() != "cpu" and node.shape[-1] <= 32 else "sequential"
     if method == "associative":
         return logsumexp(node[0] + logsumexp(_product(node, edge, mask), -1), -1)
-    last, _ = _forward(node, edge, mask)
-    return logsumexp(last, -1)
+    log_z, _ = _forward(node, edge, mask)
+    return log_z
 
 
 def check_method(method: str) -> None:
@@ -114,7 +114,7 @@ def marginals(
     # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
     log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
     log_weights = hold(log_weights, mask)
-    return Marginals(log_z, _normalized(log_weights), _normalized(alpha))
+    return Marginals(log_z, _scaled(log_weights)[1], alpha)
 
 
 def pairwise_marginals(
@@ -205,30 +205,45 @@ def hold(x: Array, mask: Bool[Array, "T *batch"] | None) -> Array:
 
 
 def _forward(node, edge, mask):
-    """The last alpha, and all of them."""
+    """The log normalizer, and alpha at every point up to a constant of each."""
     function, inputs = _lazy(edge)
     present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
 
     @jax.checkpoint  # without it the backward pass would keep all S blocks of K x K
-    def step(alpha, inputs):
+    def step(carry, inputs):
+        log_z, alpha = carry
         node, present, edge_inputs = inputs
         edge = function(edge_inputs)
         if mask is not None:
             # What stands in padding may be nan, and nan times a cotangent of zero is nan.
             node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
         moved = node + logsumexp(alpha[..., :, None] + edge, -2)
-        alpha = jnp.where(present[..., None], moved, alpha)
-        return alpha, alpha
+        gain, moved = _scaled(moved)
+        log_z, alpha = jnp.where(present, log_z + gain, log_z), jnp.where(present[..., None], moved, alpha)
+        return (log_z, alpha), alpha
 
-    last, rest = lax.scan(step, node[0], (node[1:], present[1:], inputs))
-    return last, jnp.concatenate([node[:1], rest])
+    start = _scaled(node[0])
+    (log_z, _), rest = lax.scan(step, start, (node[1:], present[1:], inputs))
+    # A chain that ends without mass has no weights, whatever the points before the end had.
+    log_z = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z)
+    return log_z, jnp.concatenate([start[1][None], rest])
+
+
+def _scaled(alpha):
+    """The log of the sum of alpha, and alpha without it.
+
+    Carried with its scale, alpha would grow with T, and in float32 the differences between its elements, which are all that
+    the gradient reads, would drown in its rounding.
+    """
+    total = logsumexp(alpha, -1)
+    return total, alpha - jnp.where(jnp.isneginf(total), 0.0, total)[..., None]
 
 
 def _product(node, edge, mask):
     """Product of the matrices that take alpha from the first point to the last."""
     function, inputs = _lazy(edge)
     matrices = jax.vmap(function)(inputs) + node[1:, ..., None, :]
-    identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), 0.0, -jnp.inf).astype(node.dtype)
+    identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), jnp.zeros((), node.dtype), -jnp.inf)
     if mask is not None:
         matrices = jnp.where(mask[1:, ..., None, None], matrices, identity)
     matrices = jnp.broadcast_to(matrices, (*node[1:].shape, node.shape[-1]))
@@ -240,8 +255,3 @@ def _product(node, edge, mask):
 
 def _lazy(edge):
     return edge if isinstance(edge, Edges) else Edges(lambda block: block, edge)
-
-
-def _normalized(log_weights):
-    total = logsumexp(log_weights, -1)[..., None]
-    return log_weights - jnp.where(jnp.isneginf(total), 0.0, total)

@@ -1,5 +1,7 @@
 """`PVMC` as users call it: what compiles when, what is static, cold starts, growth, resumption."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,7 +147,7 @@ def test_growth_uses_all_steps_and_ends_with_all_particles():
             phases = growth(number, K)
             assert sum(steps for _, steps in phases) == number
             assert phases[-1][0] == K
-            assert all(few < many for (few, _), (many, _) in zip(phases, phases[1:], strict=False))
+            assert all(few < many for (few, _), (many, _) in itertools.pairwise(phases))
 
 
 def test_model_parameters_rest_while_there_is_one_particle():

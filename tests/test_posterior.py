@@ -19,8 +19,16 @@ from numpyro_pvmc import PVMC
 from oracles import LinearGaussian, forecast, rts_smoother
 from test_against_enumeration import enumerate_program
 
-SHAPES = {"autoregression_4": (), "vector": (2,), "series": (3,), "matrix": (3, 2, 2)}  # plates and event of a site
+SHAPES = {"autoregression_4": (), "vector": (2,), "matrix": (3, 2, 2)}  # plates and event of a site
 by_shape = pytest.mark.parametrize("name", SHAPES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_fast():
+    """Almost every program here is compiled to run once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -67,7 +75,7 @@ def test_mean_and_variance(name):
 
 @by_shape
 @pytest.mark.parametrize(
-    "q", [0.3, np.array([0.0, 0.5, 0.9]), np.array([[0.05, 0.5], [0.95, 1.0]])], ids=["()", "(3,)", "(2, 2)"]
+    "q", [0.3, np.array([0.0, 0.5, 0.9]), np.array([[0.05, 0.5], [0.8, 0.95]])], ids=["()", "(3,)", "(2, 2)"]
 )
 def test_quantile(name, q):
     posterior = smoothed(name)
@@ -171,12 +179,14 @@ def guide(y):
     numpyro.sample("x", dist.Normal(law.loc[1:], law.scale[1:]))
 
 
+PVMC_8 = PVMC(model, guide, num_particles=8)
+
+
 @pytest.mark.parametrize("sample_shape", [(), (5,), (2, 3)])
 def test_samples_have_the_sample_shape_and_deterministic_sites(sample_shape):
-    pvmc = PVMC(model, guide, num_particles=8)
-    samples = pvmc.posterior(jax.random.key(0), {"slope": A}, Y).sample(jax.random.key(1), sample_shape)
-    again = pvmc.sample_posterior(jax.random.key(0), {"slope": A}, Y, sample_shape=sample_shape)
-    for draws in (samples, again):
+    samples = PVMC_8.posterior(jax.random.key(0), {"slope": A}, Y).sample(jax.random.key(1), sample_shape)
+    at_once = PVMC_8.sample_posterior(jax.random.key(0), {"slope": A}, Y, sample_shape=sample_shape)
+    for draws in (samples, at_once):
         shapes = {"x_0": sample_shape, "x": (*sample_shape, T), "level": (*sample_shape, T)}
         assert {site: x.shape for site, x in draws.items()} == shapes
         assert_allclose(draws["level"], 10 * draws["x"], rtol=1e-6)
@@ -188,7 +198,7 @@ def test_global_sites_are_one_draw_in_a_posterior_and_fresh_draws_in_its_samples
     assert_array_equal(posterior.sample(jax.random.key(0), (4,))["slope"], np.full(4, posterior.globals["slope"]))
 
     pvmc = PVMC(program.model, program.guide, num_particles=8)
-    for sample_shape in ((), (20,), (2, 10)):
+    for sample_shape in ((), (2, 5)):
         samples = pvmc.sample_posterior(jax.random.key(0), {}, *program.args, sample_shape=sample_shape)
         assert samples["slope"].shape == samples["x_0"].shape == sample_shape
         assert samples["x"].shape == (*sample_shape, 4)
@@ -197,9 +207,8 @@ def test_global_sites_are_one_draw_in_a_posterior_and_fresh_draws_in_its_samples
 
 
 def test_a_posterior_comes_out_of_jit():
-    pvmc = PVMC(model, guide, num_particles=8)
-    plain = pvmc.posterior(jax.random.key(0), {"slope": A}, Y)
-    jitted = jax.jit(lambda key, slope, y: pvmc.posterior(key, {"slope": slope}, y))(jax.random.key(0), A, Y)
+    plain = PVMC_8.posterior(jax.random.key(0), {"slope": A}, Y)
+    jitted = jax.jit(lambda key, slope, y: PVMC_8.posterior(key, {"slope": slope}, y))(jax.random.key(0), A, Y)
     assert jax.tree.structure(jitted) == jax.tree.structure(plain)
     for ours, theirs in zip(jax.tree.leaves(jitted), jax.tree.leaves(plain), strict=True):
         assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -245,7 +254,7 @@ def test_arviz(tmp_path):
     data = posterior.to_arviz(jax.random.key(0), num_samples=7, time=dates)
     path = str(tmp_path / "posterior.nc")
     data.to_netcdf(path)
-    for data in (data, arviz.from_netcdf(path)):
+    for data in (data, arviz.from_netcdf(path)):  # noqa: B020
         assert data["posterior"]["x"].dims == ("chain", "draw", "time", "series", "x_dim_0", "x_dim_1")
         assert data["posterior"]["x_0"].dims == ("chain", "draw", "series", "x_0_dim_0", "x_0_dim_1")
         assert data["posterior"].sizes["draw"] == 7

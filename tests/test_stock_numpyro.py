@@ -101,6 +101,8 @@ def test_predictive_takes_the_posterior_samples():
     assert_allclose(forecast["level"][:, :5], samples["level"], rtol=1e-6)
 
 
+# NumPyro asks for the shape of every value in the guide's trace, also of a module.
+@pytest.mark.filterwarnings("ignore:shape requires ndarray or scalar arguments:DeprecationWarning")
 @pytest.mark.parametrize("library", ["flax", "nnx", "equinox"])
 def test_networks_in_model_and_guide(library):
     network = {"flax": flax_network, "nnx": nnx_network, "equinox": equinox_network}[library]()
