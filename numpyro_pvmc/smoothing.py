@@ -178,10 +178,14 @@ def sample_backward(
 
     def step(later, inputs):
         key, alpha, present, edge_inputs = inputs
-        columns = jnp.moveaxis(function(edge_inputs), -1, -2)  # [later, earlier]
-        columns = jnp.broadcast_to(columns, (*sample_shape, *columns.shape))
-        column = jnp.take_along_axis(columns, later[..., None, None], -2)[..., 0, :]
-        earlier = jax.random.categorical(key, alpha + column)
+        log_joint = alpha[..., None, :] + jnp.moveaxis(function(edge_inputs), -1, -2)  # [later, earlier]
+        largest = log_joint.max(-1, keepdims=True)
+        cumulative = jnp.cumsum(jnp.exp(log_joint - jnp.where(jnp.isneginf(largest), 0.0, largest)), -1)
+        # One table of K x K serves all draws, each of which needs one uniform number.
+        cumulative = jnp.broadcast_to(cumulative, (*sample_shape, *cumulative.shape))
+        cumulative = jnp.take_along_axis(cumulative, later[..., None, None], -2)[..., 0, :]
+        uniform = jax.random.uniform(key, later.shape, cumulative.dtype)[..., None] * cumulative[..., -1:]
+        earlier = jnp.minimum((cumulative <= uniform).sum(-1), cumulative.shape[-1] - 1)
         earlier = jnp.where(present, earlier, later)
         return earlier, earlier
 

@@ -11,6 +11,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from models import BY_NAME
 from numpyro_pvmc import PVMC
+from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.potentials import propose
+from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.smoothing import pairwise_marginals
 from oracles import enumerate_chain
 
 CASES = [  # precision, program, number of particles
@@ -36,10 +40,20 @@ def dtype(request):
 
 
 def smooth(program, num_particles):
-    """A posterior of the untrained guide."""
+    """A posterior of the untrained guide, and the weights of pairs of neighbours, (T, *plates, K, K)."""
     pvmc = PVMC(program.model, program.guide, num_particles=num_particles)
     state = pvmc.init(jax.random.key(1), *program.args, **program.kwargs)
-    return pvmc.posterior(jax.random.key(2), pvmc.get_params(state), *program.args, **program.kwargs)
+    params, arguments, key = pvmc.get_params(state), Arguments(program.args, program.kwargs), jax.random.key(2)
+    structure = read_structure(program.model, arguments, params)
+
+    @jax.jit
+    def posterior_and_pairs(key, params, arguments):
+        lattice = propose(key, structure, program.model, program.guide, arguments, params, num_particles)
+        edge = jax.vmap(lattice.edges.function)(lattice.edges.inputs)
+        pairs = pairwise_marginals(lattice.node, edge, lattice.mask)
+        return pvmc.posterior(key, params, *arguments.args, **arguments.kwargs), pairs
+
+    return posterior_and_pairs(key, params, arguments)
 
 
 def presence(program, n):
@@ -91,12 +105,15 @@ def check_shapes(program, posterior, num_particles):
         assert posterior.log_filtering_weights[site].shape == (*time, num_particles, *program.plates)
 
 
-def check(program, posterior, tolerance):
+def check(program, posterior, pairs, tolerance):
     """log Z, smoothing and filtering weights of every series; an absent step repeats the last present one's weights."""
     near = {"rtol": tolerance, "atol": tolerance}
     for n in np.ndindex(*program.plates):
         exact = enumerate_program(program, posterior, n)
         assert_allclose(posterior.log_normalizer[n], exact.log_normalizer, **near)
+        if program.present is None:
+            # A constant start is a point of K equal particles, which the enumeration does not have.
+            assert_allclose(np.asarray(pairs)[int(program.start is None) :, *n], exact.pair_weights, **near)
         last_present = np.cumsum(presence(program, n)) - 1 + bool(program.start)
         begun = last_present >= 0
         for ours, theirs in (
@@ -112,9 +129,9 @@ def check(program, posterior, tolerance):
 @pytest.mark.parametrize(("dtype", "name", "num_particles"), CASES, indirect=["dtype"])
 def test_enumeration(dtype, name, num_particles):
     program = BY_NAME[name]
-    posterior = smooth(program, num_particles)
+    posterior, pairs = smooth(program, num_particles)
     assert posterior.log_normalizer.dtype == dtype
     check_shapes(program, posterior, num_particles)
-    check(program, posterior, 1e-10 if dtype is np.float64 else 1e-4)
+    check(program, posterior, pairs, 1e-10 if dtype is np.float64 else 1e-4)
     if program.present is not None:
         assert_array_equal(np.isnan(posterior.effective_sample_size()["x"]), ~program.present)

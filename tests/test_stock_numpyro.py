@@ -54,9 +54,7 @@ def test_run_without_growth_equals_svi():
     guide = AutoNormal(model)
     stock = SVI(model, guide, optax.adam(0.05), loss=ImportanceSmoothedELBO(num_particles=4))
     theirs = stock.run(jax.random.key(1), 120, Y, progress_bar=False)
-    ours = PVMC(model, guide, optax.adam(0.05), num_particles=4).run(
-        jax.random.key(1), 120, Y, progress_bar=False, grow=False
-    )
+    ours = PVMC(model, guide, optax.adam(0.05), num_particles=4).run(jax.random.key(1), 120, Y, progress_bar=False, grow=False)
     assert type(ours) is type(theirs)
     assert ours.losses.shape == (120,)
     assert_allclose(ours.losses, theirs.losses, rtol=1e-3, atol=1e-3)

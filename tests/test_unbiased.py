@@ -83,3 +83,30 @@ def test_series_are_averaged_over_particles_one_by_one():
     error = np.hypot(together.std(), apart.std()) / np.sqrt(6000)
     assert error < 0.05
     assert abs(together.mean() - apart.mean()) < 4 * error
+
+
+def test_a_masked_site_has_no_density_in_the_guide_either():
+    """Of two latent sites of a step one is masked: how the guide proposes it there does not matter."""
+
+    def model(y, present):
+        def step(x_prev, inputs):
+            y_t, present_t = inputs
+            x = numpyro.sample("x", dist.Normal(A * x_prev, Q))
+            with numpyro.handlers.mask(mask=present_t):
+                numpyro.sample("z", dist.Normal(x, 1.0))
+            numpyro.sample("y", dist.Normal(x, R), obs=y_t)
+            return x, None
+
+        scan(step, 0.0, (y, present))
+
+    def guide(y, present):
+        numpyro.sample("x", dist.Normal(0.5 * y, 0.9))
+        numpyro.sample("z", dist.Normal(jnp.zeros(len(y)), numpyro.param("scale", jnp.ones(len(y)))))
+
+    present = jnp.array([True, True, False, True, True, True])
+    loss = ImportanceSmoothedELBO(4)
+    value = jax.jit(lambda scale: loss.loss(jax.random.key(0), {"scale": scale}, model, guide, jnp.asarray(Y), present))
+    scale = jnp.ones(len(Y))
+    as_it_is, masked, unmasked = (float(value(s)) for s in (scale, scale.at[2].set(3.0), scale.at[3].set(3.0)))
+    assert masked == pytest.approx(as_it_is, rel=1e-6)
+    assert unmasked != pytest.approx(as_it_is, rel=1e-3)

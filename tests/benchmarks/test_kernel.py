@@ -1,0 +1,101 @@
+"""Medians of finished work at the size of the paper's linear-Gaussian experiment, and their ratios to the floor E.
+
+500 transitions, 16 series, 64 particles in 5 dimensions, float32. E is measured before each round, in the same run. Run by
+`pytest tests/benchmarks`; the ratios are in the file that `--benchmark-json` writes, and printed with `-s`.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+
+from floor import exponentials, pairs, seconds
+from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
+from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
+from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.potentials import propose
+from numpyro_pvmc.program import Arguments, draw
+from numpyro_pvmc.smoothing import Edges, log_normalizer, marginals
+
+K = 64
+AUTHORS = (
+    "6.4 s for one training step of the guide, 12.6 s of guide and model, 5.4 s for the smoothing weights: the PyTorch code of "
+    "Brady, Nüsken & Li (ICML 2026) at this size, float32, medians on two CPU cores of another machine"
+)
+
+
+def guide(y):
+    loc, log_scale = numpyro.param("loc", y / 2), numpyro.param("log_scale", jnp.full(y.shape, -0.3))
+    scale = jnp.exp(log_scale)
+    with numpyro.plate("series", SERIES):
+        numpyro.sample("x_0", dist.Normal(loc[0], scale[0]).to_event(1))
+        numpyro.sample("x", dist.Normal(loc[1:], scale[1:]).to_event(1))
+
+
+@pytest.fixture(scope="module")
+def y():
+    return jnp.asarray(simulate(law(), TRANSITIONS, SERIES)[1], jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def params(y):
+    return {"decay": jnp.float32(0.38), "loc": y / 2, "log_scale": jnp.full(y.shape, -0.3)}
+
+
+@pytest.fixture(scope="module")
+def lattice(y, params):
+    arguments = Arguments((y,), {})
+    structure = read_structure(model, arguments, params)
+    return propose(jax.random.key(0), structure, model, guide, arguments, params, K)
+
+
+@pytest.fixture
+def measure(benchmark):
+    def measure(function, *args):
+        floor = []
+        benchmark.pedantic(
+            lambda: jax.block_until_ready(function(*args)),
+            setup=lambda: floor.append(seconds(exponentials, pairs())),
+            rounds=21,
+            warmup_rounds=2,
+        )
+        median, floor = benchmark.stats["median"], np.median(floor[2:])
+        benchmark.extra_info |= {"E": floor, "ratio to E": median / floor, "authors' code": AUTHORS}
+        print(f"\n{benchmark.name}: {median:.4f} s, E {floor:.4f} s, ratio {median / floor:.1f}")
+
+    return measure
+
+
+def test_draws(measure, y, params):
+    """Particles alone: in `test_value_and_gradient` and `test_update`, not in the others."""
+    arguments = Arguments((y,), {})
+    measure(jax.jit(lambda params, key: draw(guide, arguments, params, key, ("x_0", "x"), K)[0]), params, jax.random.key(0))
+
+
+@pytest.mark.parametrize("weigh", [log_normalizer, marginals], ids=["log_normalizer", "marginals"])
+def test_lattice(measure, lattice, weigh):
+    function, inputs = lattice.edges
+    measure(jax.jit(lambda node, inputs: weigh(node, Edges(function, inputs))), lattice.node, inputs)
+
+
+def value_and_gradient(y):
+    loss = ImportanceSmoothedELBO(K)
+    return jax.jit(jax.value_and_grad(lambda params, key: loss.loss(key, params, model, guide, y)))
+
+
+def test_value_and_gradient(measure, y, params):
+    measure(value_and_gradient(y), params, jax.random.key(0))
+
+
+def test_update(measure, y):
+    pvmc = PVMC(model, guide, optax.adam(1e-3), num_particles=K)
+    measure(pvmc.update, pvmc.init(jax.random.key(0), y), y)
+
+
+def test_compile_value_and_gradient(benchmark, y, params):
+    benchmark.pedantic(
+        lambda: value_and_gradient(y).lower(params, jax.random.key(0)).compile(), setup=jax.clear_caches, rounds=3
+    )
