@@ -238,7 +238,7 @@ episodes = {
     "2011-08-08": "US loses AAA,\neuro crisis",
     "2015-08-24": "China\ndevalues",
     "2016-06-24": "Brexit\nvote",
-    "2018-02-05": "Short-volatility\nfunds fail",
+    "2018-02-05": "Volatility\nfunds fail",
     "2018-12-24": "December\nsell-off",
 }
 blue, orange, grey, ink = "#1f5a94", "#c4582a", "#8a9199", "#20262c"

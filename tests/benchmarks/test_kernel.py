@@ -11,8 +11,8 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-
 from floor import exponentials, pairs, seconds
+
 from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_structure
