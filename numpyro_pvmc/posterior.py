@@ -270,18 +270,21 @@ def _arviz(structure, time, samples, observed, summary):
     sizes = tuple(plate.size for plate in structure.plates)
     coords = {"time": time} | {plate.name: np.arange(plate.size) for plate in structure.plates}
 
-    def named(arrays):
+    def named(arrays, without_time):
         dims = {}
         for name, x in arrays.items():
-            along = ["time"] if x.shape[:1] == (structure.length,) and name not in structure.initial else []
+            along = ["time"] if x.shape[:1] == (structure.length,) and name not in without_time else []
             along += plates if plates and x.shape[len(along) : len(along) + len(plates)] == sizes else []
             dims[name] = along + [f"{name}_dim_{i}" for i in range(x.ndim - len(along))]
         return dims
 
     samples, observed, summary = ({n: np.asarray(x) for n, x in part.items()} for part in (samples, observed, summary))
     draws = {name: x[None] for name, x in samples.items()}
-    dims = named({name: x[0] for name, x in samples.items()}) | named(observed)
-    dataset = _dataset(summary, named(summary), coords)
+    initial = tuple(structure.initial)
+    outside = (*initial, *structure.global_sites, *structure.initial_factors, *structure.global_factors)
+    dims = named({name: x[0] for name, x in samples.items()}, outside) | named(observed, outside)
+    summaries = ("log_normalizer", *(f"{name}_{of}" for name in initial for of in ("mean", "sd", "effective_sample_size")))
+    dataset = _dataset(summary, named(summary, summaries), coords)
     if int(arviz.__version__.split(".")[0]) >= 1:
         data = arviz.from_dict({"posterior": draws, "observed_data": observed}, dims=dims, coords=coords)
         data["smoothing"] = dataset

@@ -7,6 +7,15 @@ import pytest
 jaxtyping.install_import_hook(["numpyro_pvmc.semiring", "numpyro_pvmc.smoothing"], "beartype.beartype")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Most programs here are compiled to run once; modules that run theirs for long say `LONG_RUNS = True`."""
+    quick = not getattr(request.module, "LONG_RUNS", False)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -27,15 +27,10 @@ CASES = [  # precision, program, number of particles
 
 @pytest.fixture(scope="module")
 def dtype(request):
-    """One precision after the other: JAX may mix up NumPy constants where a process goes to and fro.
-
-    Every program here is compiled to run once, which makes most of XLA's optimisations a waste of time.
-    """
+    """One precision after the other: JAX may mix up NumPy constants where a process goes to and fro."""
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.enable_x64(request.param is np.float64):
         yield request.param
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 

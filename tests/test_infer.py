@@ -17,6 +17,8 @@ from numpyro_pvmc import PVMC
 from numpyro_pvmc.infer import growth
 from oracles import kalman_filter
 
+LONG_RUNS = True
+
 Q, R = 1.0, 0.5
 
 

@@ -13,6 +13,8 @@ from numpyro.contrib.control_flow import scan
 from numpyro_pvmc import ImportanceSmoothedELBO
 from oracles import kalman_filter
 
+LONG_RUNS = True
+
 A, Q, R = 0.8, 0.5, 0.8
 Y = np.array([0.4, -0.2, 0.9, 1.3, 0.2, -0.6])
 

@@ -11,6 +11,9 @@ from numpyro_pvmc import PVMC
 from oracles import kalman_filter, rts_smoother
 
 
+LONG_RUNS = True
+
+
 def test_kalman_guide():
     """The paper reports a squared error of 0.054 with this guide and K = 64, and of 0.132 for the filter itself.
 
