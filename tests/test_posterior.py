@@ -225,7 +225,7 @@ def assert_mean(samples, expected, *, at_most_standard_error):
 def test_forecasts_continue_each_trajectory_from_its_last_state():
     """Draws from one lattice share its K particles, so the unit of the error bars is a lattice: 400 of 16 draws each."""
     lattices, draws, horizon = 400, 16, 4
-    pvmc = PVMC(model, guide, num_particles=256)
+    pvmc = PVMC(model, guide, num_particles=128)
     one = lambda key: pvmc.sample_posterior(key, {"slope": A}, Y, sample_shape=(draws,))
     samples = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(jax.random.key(0), lattices))
     together = {site: x.reshape(-1, *x.shape[2:]) for site, x in samples.items()}

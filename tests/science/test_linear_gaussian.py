@@ -10,7 +10,6 @@ from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
 from numpyro_pvmc import PVMC
 from oracles import kalman_filter, rts_smoother
 
-
 LONG_RUNS = True
 
 
