@@ -68,18 +68,16 @@ def read_chain(structure: Structure, model: Callable, arguments: Arguments, valu
     :param values: values of parameters and of global sites.
     :return: the chain.
     """
-    initial = {name: jnp.zeros(site.shape, site.dtype) for name, site in structure.initial.items()}
-    scan, outside = capture(model, arguments, {**values, **initial}, structure.scan_index)
+    # Nothing here reads the chain's latent sites, so they may be drawn, from their own laws: a constant might lie outside.
+    scan, outside = capture(model, arguments, values, structure.scan_index)
     treedef = jax.tree.structure(scan.init)
     state, clocks = _split(structure, scan.init)
     times = jnp.arange(structure.length)
-    # Clock leaves read no latent site: whatever these are given, the clocks come out right.
-    anything = {name: jnp.zeros(site.shape, site.dtype) for name, site in structure.step.items()}
 
     def tick(clocks, t_and_x):
         t, x = t_and_x
         carry = _merge(structure, treedef, state, clocks)
-        carry, _, _ = run_body(scan, t, carry, x, anything, structure.length)
+        carry, _, _ = run_body(scan, t, carry, x, {}, structure.length)
         _, new = _split(structure, carry)
         return [n.astype(c.dtype) for n, c in zip(new, clocks, strict=True)], clocks
 
@@ -238,10 +236,9 @@ def _unmasked(site, chain):
 
 
 def _at_all_steps(chain, function):
-    """`function` of the sites of every step, at meaningless values of the latent sites."""
-    state = [jnp.zeros_like(leaf) for leaf in _split(chain.structure, chain.scan.init)[0]]
-    latent = {name: jnp.zeros(site.shape, site.dtype) for name, site in chain.structure.step.items()}
-    return jax.vmap(lambda inputs: function(_run_step(chain, inputs, state, latent)[2]))(chain.inputs)
+    """`function` of the sites of every step, whose latent values have no meaning."""
+    state, _ = _split(chain.structure, chain.scan.init)
+    return jax.vmap(lambda inputs: function(_run_step(chain, inputs, state, {})[2]))(chain.inputs)
 
 
 def _run_step(chain, inputs, state, latent):

@@ -93,7 +93,7 @@ def test_plain_gradient_against_finite_differences(x64, method):
     loss = ImportanceSmoothedELBO(5, gradient="reparam", method=method)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS)
     value = jax.jit(lambda params: loss.loss(jax.random.key(0), params, model, guide, jnp.asarray(Y, jnp.float64)))
-    check_grads(value, (params,), order=2, modes=["rev"], atol=1e-5, rtol=1e-5)
+    check_grads(value, (params,), order=2 if method == "sequential" else 1, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", ["doubly_reparam", "sticking"])

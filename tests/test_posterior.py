@@ -23,14 +23,6 @@ SHAPES = {"autoregression_4": (), "vector": (2,), "matrix": (3, 2, 2)}  # plates
 by_shape = pytest.mark.parametrize("name", SHAPES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast():
-    """Almost every program here is compiled to run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def smoothed(name, num_particles=8):
     """A posterior of a small program without parameters."""
