@@ -34,7 +34,7 @@ class PVMC(SVI):
         :class:`numpyro.infer.autoguide.AutoNormal`.
     :param optim: an optimiser of NumPyro or Optax; Adam with a slowly decaying step by default.
     :param loss: an objective; by default ``ImportanceSmoothedELBO`` with the four choices below.
-    :param num_particles: K.
+    :param num_particles: K, the number of particles at each time step.
     :param gradient: how the guide learns.
     :param method: how trajectories are summed.
     :param particles: how particles are drawn.
@@ -324,7 +324,7 @@ def growth(num_steps: int, num_particles: int) -> list[tuple[int, int]]:
     """Numbers of particles, and of steps for each, of a run that starts cold.
 
     :param num_steps: number of steps in all.
-    :param num_particles: K.
+    :param num_particles: K, the number of particles at each time step.
     :return: pairs of a number of particles and a number of steps: a tenth of the steps with one particle, or 500 if that is
         more and not above a third; a twentieth for each of the numbers growing fourfold; the rest with K.
 

@@ -78,7 +78,7 @@ class ImportanceSmoothedELBO(ELBO):
     def with_num_particles(self, num_particles: int, frozen: tuple[str, ...] = ()) -> "ImportanceSmoothedELBO":
         """The same objective with another number of particles.
 
-        :param num_particles: K.
+        :param num_particles: K, the number of particles at each time step.
         :param frozen: parameters that get no gradient from it.
         """
         loss = ImportanceSmoothedELBO(num_particles, gradient=self.gradient, method=self.method, particles=self.particles)

@@ -318,7 +318,7 @@ def draw(
     :param params: values of its parameters.
     :param rng_key: random key; with K = 1 the draws are those that `Trace_ELBO` makes with it.
     :param particle_sites: the sites to draw K times.
-    :param num_particles: K.
+    :param num_particles: K, the number of particles at each time step.
     :return: ``{site: (K, ...)}``; the values of the other sites; their log density, summed; mutable state.
     :raises ValueError: if another site depends on those drawn K times.
     """

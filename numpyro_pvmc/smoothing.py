@@ -68,10 +68,7 @@ def log_normalizer(
         >>> float(jnp.exp(log_normalizer(jnp.zeros((4, 3)), jnp.zeros((3, 3, 3))))).__round__(3)      # 3^4 trajectories
         81.0
     """
-    check_method(method)
-    if method == "auto":
-        method = "associative" if jax.default_backend() != "cpu" and node.shape[-1] <= 32 else "sequential"
-    if method == "associative":
+    if _is_associative(method, node):
         return logsumexp(node[0] + logsumexp(_product(node, edge, mask), -1), -1)
     log_z, _ = _forward(node, edge, mask)
     return log_z
@@ -106,11 +103,12 @@ def marginals(
     """
 
     def total(node):
-        log_z = log_normalizer(node, edge, mask, method)
-        return log_z.sum(), log_z
+        log_z, alpha = _forward(node, edge, mask)
+        if _is_associative(method, node):
+            log_z = log_normalizer(node, edge, mask, method)
+        return log_z.sum(), (log_z, alpha)
 
-    weights, log_z = jax.grad(total, has_aux=True)(node)
-    _, alpha = _forward(node, edge, mask)
+    weights, (log_z, alpha) = jax.grad(total, has_aux=True)(node)
     # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
     log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
     log_weights = hold(log_weights, mask)
@@ -206,6 +204,11 @@ def hold(x: Array, mask: Bool[Array, "T *batch"] | None) -> Array:
     numbers = jnp.arange(len(mask)).reshape((-1,) + (1,) * (mask.ndim - 1))
     latest = lax.cummax(jnp.where(mask, numbers, 0), axis=0)
     return jnp.take_along_axis(x, latest.reshape(latest.shape + (1,) * (x.ndim - latest.ndim)), 0)
+
+
+def _is_associative(method, node):
+    check_method(method)
+    return method == "associative" or (method == "auto" and jax.default_backend() != "cpu" and node.shape[-1] <= 32)
 
 
 def _forward(node, edge, mask):
