@@ -211,6 +211,7 @@ def check_data(chain: Chain) -> None:
             f"{first_time} of the scan), and the state in between has no meaning. Hold it: return "
             "`jnp.where(mask, x, x_prev)` as the new carry. (To skip a missing observation, mask the emission only.)"
         )
+    observed = observed + sum(_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors)
     lost = ~present & (observed > 0)
     if lost.any():
         raise ValueError(
@@ -233,6 +234,15 @@ def _unmasked(site, chain):
     """How many elements of a site are not masked, for each series."""
     mask = mask_of(site)
     return per_series(jnp.ones((), jnp.int32) if mask is None else mask.astype(jnp.int32), chain.structure.plates)
+
+
+def _seen_after_scan(site, structure):
+    """Where a site after the scan is not masked, by time and series."""
+    mask = mask_of(site)
+    if mask is None or mask.ndim == 0 or mask.shape[0] not in (structure.length, structure.length + 1):
+        return 1
+    rows = jax.vmap(lambda row: per_series(row.astype(jnp.int32), structure.plates))(mask)
+    return np.asarray(rows[-structure.length :] > 0)
 
 
 def _at_all_steps(chain, function):

@@ -413,6 +413,28 @@ def test_observation_at_a_step_whose_state_is_masked():
         initialise(masked_walk(False, mask_emission=False), lambda y, mask: fitting_guide_without_start(y), Y, mask)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_observation_after_the_scan_of_a_step_whose_state_is_masked(masked):
+    mask = jnp.array([True, True, True, False])
+
+    def model(y, mask):
+        def step(x_prev, mask_t):
+            with numpyro.handlers.mask(mask=mask_t):
+                x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
+            return x, x
+
+        _, xs = scan(step, 0.0, mask)
+        with numpyro.handlers.mask(mask=mask if masked else jnp.ones(T, bool)):
+            numpyro.sample("y", dist.Normal(xs, 1.0), obs=y)
+
+    guide = lambda y, mask: fitting_guide_without_start(y)
+    if masked:
+        initialise(model, guide, Y, mask)
+    else:
+        with pytest.raises(ValueError, match=r"At time 3 of the scan the latent sites \['x'\] are masked"):
+            initialise(model, guide, Y, mask)
+
+
 def test_observation_of_the_wrong_shape():
     def model(y):
         def step(x_prev, y_t):
