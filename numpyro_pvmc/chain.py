@@ -5,6 +5,7 @@ A chain is a beginning, `begin`, that gives the log density and the state of one
 reads the particle after only (*node*), the new state and the outputs. A deterministic start is a beginning without sites.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -168,38 +169,30 @@ def mutable_state(chain: Chain) -> dict[str, Any]:
     return {name: site["value"] for name, site in chain.outside.items() if site["type"] == "mutable"}
 
 
-def check_data(chain: Chain) -> None:
+def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
     """Look at the numbers: refuse data that are not numbers, and masks that are not padding.
 
-    :param chain: a chain that is not traced.
+    :param structure: the structure of the program's chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with, not traced.
+    :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site and the first time.
     """
-    structure = chain.structure
-
-    def look(sites):
-        observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
-        nan = {name: _nan_count(site) for name, site in observed.items()}
-        return nan, sum((_unmasked(site, chain) for site in observed.values()), start=jnp.zeros((), jnp.int32))
-
-    nan, observed = jax.tree.map(np.asarray, jax.jit(lambda: _at_all_steps(chain, look))())
+    nan, nan_outside, observed, present = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
     for name, count in nan.items():
         if count.any():
             raise ValueError(
                 f"The data of site '{name}' contain NaN, first at time {np.argmax(count > 0)} of the scan. Missing values need "
                 "a mask: replace nothing, and put `numpyro.handlers.mask(mask=~jnp.isnan(y_t))` around the site."
             )
-    for name in (*structure.initial_factors, *structure.later_factors, *structure.global_factors):
-        site = chain.outside[name]
-        if np.any(_nan_count(site)):
-            bad = np.isnan(np.asarray(site["value"]))
+    for name, missing in nan_outside.items():
+        if missing.any():
             raise ValueError(
-                f"The data of site '{name}' contain NaN, first at index {tuple(int(i) for i in np.argwhere(bad)[0])}. Missing "
-                "values need a mask: put `numpyro.handlers.mask` around the site."
+                f"The data of site '{name}' contain NaN, first at index {tuple(int(i) for i in np.argwhere(missing)[0])}. "
+                "Missing values need a mask: put `numpyro.handlers.mask` around the site."
             )
-    present = presence(chain)
     if present is None:
         return
-    present = np.any([np.asarray(of_site) for of_site in present.values()], 0)
     resumes = ~present[:-1] & present[1:]
     starts_late = ~present[0]
     if not structure.holding and (resumes.any() or (starts_late & present.any(0)).any()):
@@ -211,7 +204,6 @@ def check_data(chain: Chain) -> None:
             f"{first_time} of the scan), and the state in between has no meaning. Hold it: return "
             "`jnp.where(mask, x, x_prev)` as the new carry. (To skip a missing observation, mask the emission only.)"
         )
-    observed = observed + sum(_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors)
     lost = ~present & (observed > 0)
     if lost.any():
         raise ValueError(
@@ -221,13 +213,31 @@ def check_data(chain: Chain) -> None:
         )
 
 
-def _nan_count(site):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _look(structure, model, arguments, values):
+    """NaN by site and time; NaN by site outside the scan; number of observations, and presence, by time and series."""
+    chain = read_chain(structure, model, arguments, values)
+
+    def at_step(sites):
+        observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
+        nan = {name: _is_nan(site).sum() for name, site in observed.items()}
+        return nan, sum((_unmasked(site, chain) for site in observed.values()), start=jnp.zeros((), jnp.int32))
+
+    nan, observed = _at_all_steps(chain, at_step)
+    outside = (*structure.initial_factors, *structure.later_factors, *structure.global_factors)
+    nan_outside = {name: _is_nan(chain.outside[name]) for name in outside}
+    observed = observed + sum(_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors)
+    present = presence(chain)
+    return nan, nan_outside, observed, None if present is None else functools.reduce(jnp.logical_or, present.values())
+
+
+def _is_nan(site):
     if not jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating):
-        return jnp.zeros((), jnp.int32)
+        return jnp.zeros((), bool)
     missing = jnp.isnan(site["value"])
     missing = missing.any(range(missing.ndim - site["fn"].event_dim, missing.ndim))
     mask = mask_of(site)
-    return (missing if mask is None else missing & mask).sum()
+    return missing if mask is None else missing & mask
 
 
 def _unmasked(site, chain):
@@ -242,7 +252,7 @@ def _seen_after_scan(site, structure):
     if mask is None or mask.ndim == 0 or mask.shape[0] not in (structure.length, structure.length + 1):
         return 1
     rows = jax.vmap(lambda row: per_series(row.astype(jnp.int32), structure.plates))(mask)
-    return np.asarray(rows[-structure.length :] > 0)
+    return rows[-structure.length :] > 0
 
 
 def _at_all_steps(chain, function):

@@ -13,11 +13,12 @@ from jax import lax, random
 from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
-from numpyro_pvmc.chain import check_data, read_chain, read_structure
+from numpyro_pvmc.chain import check_data, read_structure
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.potentials import check_guide, propose
 from numpyro_pvmc.program import Arguments, parameter_names
+from numpyro_pvmc.structure import Structure
 
 _CHUNK = 100  # updates in one compiled call, between two looks at the progress bar
 
@@ -94,6 +95,8 @@ class PVMC(SVI):
                 "to the loss: `loss=ImportanceSmoothedELBO(...)`."
             )
         super().__init__(model, guide, _default_optimiser() if optim is None else optim, loss, **static_kwargs)
+        self._known: dict[Any, tuple[Structure, Callable]] = {}
+        self._compiled_init = jax.jit(self._init)
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
         self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "frozen", "stable"))
@@ -113,19 +116,19 @@ class PVMC(SVI):
         """
         if not isinstance(self.loss, ImportanceSmoothedELBO):
             return super().init(rng_key, *args, init_params=init_params, **kwargs)
-        # Before NumPyro looks: what cannot be read has a name here.
         arguments, params = self._arguments(args, kwargs), init_params or {}
-        structure = read_structure(self.model, arguments, params)
+        signature = _signature((rng_key, arguments, params))
+        structure, constrain_fn = self._known.get(signature, (None, None))
+        if structure is None:
+            # Before NumPyro looks: what cannot be read has a name here.
+            structure = read_structure(self.model, arguments, params)
         if not _is_traced((arguments, params)):
-            check_data(read_chain(structure, self.model, arguments, params))
-        try:
-            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
-        except Exception:
-            # NumPyro runs the model at draws of the guide: see whether the guide is why that failed.
-            check_guide(structure, self.guide, arguments, params)
-            raise
-        check_guide(structure, self.guide, arguments, self.get_params(state) | (state.mutable_state or {}))
-        return state
+            check_data(structure, self.model, arguments, params)
+        if constrain_fn is None:
+            constrain_fn = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
+            self._known[signature] = structure, constrain_fn
+        self.constrain_fn = constrain_fn
+        return self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
 
     def update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
@@ -273,6 +276,24 @@ class PVMC(SVI):
         of_model, of_guide = (parameter_names(program, arguments, params) for program in (self.model, self.guide))
         return tuple(sorted(of_model - of_guide))
 
+    def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
+        """Let NumPyro look at program, guide and data as they are: an autoguide sets itself up by real numbers."""
+        params = init_params or {}
+        try:
+            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+        except Exception:
+            # NumPyro runs the model at draws of the guide: see whether the guide is why that failed.
+            check_guide(structure, self.guide, arguments, params)
+            raise
+        check_guide(structure, self.guide, arguments, self.get_params(state) | (state.mutable_state or {}))
+        return self.constrain_fn
+
+    def _init(self, rng_key, arguments, init_params):
+        constrain_fn = self.constrain_fn
+        state = SVI.init(self, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
+        self.constrain_fn = constrain_fn  # the one made here may be of traced values
+        return state
+
     def _update(self, state, arguments, stable):
         update = SVI.stable_update if stable else SVI.update
         return update(self, state, *arguments.args, **arguments.kwargs)
@@ -353,6 +374,12 @@ def _refuse_forward_mode(asked):
             "`forward_mode_differentiation=True` is not available: the doubly reparameterised gradient is a rule for "
             "reverse-mode differentiation. Leave it out."
         )
+
+
+def _signature(tree):
+    """What of arguments a compiled function is compiled for."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
 def _is_traced(tree):
