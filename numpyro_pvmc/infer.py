@@ -125,7 +125,10 @@ class PVMC(SVI):
         if not _is_traced((arguments, params)):
             check_data(structure, self.model, arguments, params)
         if constrain_fn is None:
-            constrain_fn = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
+            state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
+            constrain_fn = self.constrain_fn
+            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(constrain_fn.args)):
+                return state  # constraints that may be of these very data
             self._known[signature] = structure, constrain_fn
         self.constrain_fn = constrain_fn
         return self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
@@ -286,7 +289,7 @@ class PVMC(SVI):
             check_guide(structure, self.guide, arguments, params)
             raise
         check_guide(structure, self.guide, arguments, self.get_params(state) | (state.mutable_state or {}))
-        return self.constrain_fn
+        return state
 
     def _init(self, rng_key, arguments, init_params):
         constrain_fn = self.constrain_fn

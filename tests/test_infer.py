@@ -84,6 +84,31 @@ def _calls(model, action):
     return model.calls - before
 
 
+def test_second_run_from_the_start_compiles_nothing(caplog):
+    model = CountedModel()
+    pvmc = PVMC(model, AutoNormal(model), num_particles=4)
+
+    def compilations(seed):
+        caplog.clear()
+        with jax.log_compiles(True):
+            jax.block_until_ready(pvmc.run(jax.random.key(seed), 120, simulate(seed, 6), progress_bar=False))
+        return sum("Finished XLA compilation" in record.getMessage() for record in caplog.records)
+
+    assert compilations(0) > 10
+    assert compilations(1) == 0
+
+
+def test_constraints_that_read_the_data_are_those_of_the_data():
+    def model(y):
+        level = numpyro.param("level", 0.1, constraint=dist.constraints.interval(0.0, y.max()))
+        scan(lambda x, y_t: (numpyro.sample("x", dist.Normal(x, 1.0)), None), level, y)
+
+    pvmc = PVMC(model, lambda y: numpyro.sample("x", dist.Normal(jnp.zeros(3), 1.0)), num_particles=2)
+    for largest in (1.0, 8.0):
+        state = pvmc.init(jax.random.key(0), jnp.full(3, largest), init_params={"level": jnp.array(largest / 2)})
+        assert pvmc.get_params(state)["level"] == pytest.approx(largest / 2, rel=1e-5)
+
+
 def test_python_scalars_are_static_and_arrays_are_traced():
     seen = []
 
