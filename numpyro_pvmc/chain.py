@@ -221,7 +221,8 @@ def _look(structure, model, arguments, values):
     def at_step(sites):
         observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
         nan = {name: _is_nan(site).sum() for name, site in observed.items()}
-        return nan, sum((_unmasked(site, chain) for site in observed.values()), start=jnp.zeros((), jnp.int32))
+        none = jnp.zeros([plate.size for plate in structure.plates], jnp.int32)
+        return nan, sum((_unmasked(site, chain) for site in observed.values()), start=none)
 
     nan, observed = _at_all_steps(chain, at_step)
     outside = (*structure.initial_factors, *structure.later_factors, *structure.global_factors)
