@@ -17,7 +17,7 @@ from jax import lax, random
 from numpyro_pvmc.independence import check_independence
 from numpyro_pvmc.program import Arguments, Scan, Sites, log_prob, mask_of, run, run_body
 from numpyro_pvmc.structure import Structure, analyse, per_series, time_rows
-from numpyro_pvmc.survey import capture
+from numpyro_pvmc.survey import capture, first
 
 
 class Chain(NamedTuple):
@@ -159,6 +159,16 @@ def global_log_density(chain: Chain) -> jax.Array:
     """
     names = (*chain.structure.global_sites, *chain.structure.global_factors)
     return sum((log_prob(chain.outside[name]).sum() for name in names), start=jnp.zeros(()))
+
+
+def supports(chain: Chain) -> dict[str, Any]:
+    """Constraints on the values of the chain's latent sites, by name.
+
+    :param chain: the chain.
+    """
+    state, _ = _split(chain.structure, chain.scan.init)
+    _, _, sites = _run_step(chain, first(chain.inputs), state, {})
+    return {name: {**chain.outside, **sites}[name]["fn"].support for name in chain.structure.sites}
 
 
 def mutable_state(chain: Chain) -> dict[str, Any]:

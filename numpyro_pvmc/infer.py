@@ -321,7 +321,9 @@ class PVMC(SVI):
     def _posterior(self, rng_key, params, arguments):
         structure = read_structure(self.model, arguments, params)
         loss = self._smoothed_loss()
-        lattice = propose(rng_key, structure, self.model, self.guide, arguments, params, loss.num_particles)
+        lattice = propose(
+            rng_key, structure, self.model, self.guide, arguments, params, loss.num_particles, particles=loss.particles
+        )
         return smoothed_posterior(lattice, structure, self.model, arguments, params, loss.method)
 
     def _sample(self, rng_key, params, arguments, sample_shape):

@@ -1,5 +1,6 @@
 """A model and a guide in, a loss out."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from numpyro.infer import ELBO
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.potentials import GRADIENTS, propose
 from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.quasirandom import check_particles
 from numpyro_pvmc.smoothing import check_method, log_normalizer
 
 
@@ -26,7 +28,9 @@ class ImportanceSmoothedELBO(ELBO):
         gradient with the parameters of log q held fixed, as in the experiments of the PVMC paper; biased for K > 1.
     :param method: how trajectories are summed, ``"sequential"``, ``"associative"`` or ``"auto"``; see
         :func:`numpyro_pvmc.smoothing.log_normalizer`.
-    :param particles: ``"iid"``, independent draws.
+    :param particles: ``"rqmc"``, draws of a step that are evenly spread, which keeps the estimate unbiased and makes it several
+        times more accurate (:mod:`numpyro_pvmc.quasirandom`); where the guide's law has no quantile function they are
+        independent, and a warning says so. ``"iid"``, independent draws.
     :raises ValueError: for a choice that does not exist.
 
     **References**
@@ -58,7 +62,7 @@ class ImportanceSmoothedELBO(ELBO):
     """
 
     def __init__(
-        self, num_particles: int = 32, *, gradient: str = "doubly_reparam", method: str = "auto", particles: str = "iid"
+        self, num_particles: int = 32, *, gradient: str = "doubly_reparam", method: str = "auto", particles: str = "rqmc"
     ):
         # To `ELBO` the number of particles is that of independent bounds to average.
         super().__init__(num_particles=1)
@@ -66,8 +70,7 @@ class ImportanceSmoothedELBO(ELBO):
             raise ValueError(f"`num_particles` must be an integer of at least 1, but got {num_particles!r}.")
         if gradient not in GRADIENTS:
             raise ValueError(f"`gradient` must be one of {GRADIENTS}, but got {gradient!r}.")
-        if particles != "iid":
-            raise ValueError(f"`particles` must be 'iid', but got {particles!r}.")
+        check_particles(particles, num_particles)
         check_method(method)
         self.num_particles = num_particles
         self.gradient = gradient
@@ -81,8 +84,8 @@ class ImportanceSmoothedELBO(ELBO):
         :param num_particles: K, the number of particles at each time step.
         :param frozen: parameters that get no gradient from it.
         """
-        loss = ImportanceSmoothedELBO(num_particles, gradient=self.gradient, method=self.method, particles=self.particles)
-        loss.frozen = frozen
+        loss = copy.copy(self)
+        loss.num_particles, loss.frozen = num_particles, frozen
         return loss
 
     def loss_with_mutable_state(
@@ -108,6 +111,8 @@ class ImportanceSmoothedELBO(ELBO):
         arguments = Arguments(args, kwargs)
         param_map = param_map | {name: lax.stop_gradient(param_map[name]) for name in self.frozen}
         structure = read_structure(model, arguments, param_map)
-        lattice = propose(rng_key, structure, model, guide, arguments, param_map, self.num_particles, self.gradient)
+        lattice = propose(
+            rng_key, structure, model, guide, arguments, param_map, self.num_particles, self.gradient, self.particles
+        )
         log_z = log_normalizer(lattice.node, lattice.edges, lattice.mask, self.method) + lattice.slack
         return {"loss": -(log_z.sum() + lattice.log_weight_globals), "mutable_state": lattice.mutable_state or None}

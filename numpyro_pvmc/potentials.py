@@ -22,7 +22,7 @@ import numpyro.distributions as dist
 from jax import lax, random
 
 from numpyro_pvmc.chain import Chain, after_scan, begin, global_log_density, mutable_state, presence, read_chain, step
-from numpyro_pvmc.program import Arguments, draw, log_densities, log_prob
+from numpyro_pvmc.program import Arguments, Drawn, draw, log_densities, log_prob
 from numpyro_pvmc.smoothing import Edges
 from numpyro_pvmc.structure import Latent, Structure, per_series
 
@@ -62,6 +62,7 @@ def propose(
     params: dict[str, Any],
     num_particles: int,
     gradient: str = "reparam",
+    particles: str = "iid",
 ) -> Lattice:
     """Draw particles from the guide, and weigh them.
 
@@ -75,37 +76,50 @@ def propose(
     :param gradient: which gradient the guide's parameters get from the log normalizer: ``"reparam"`` that of the bound;
         ``"doubly_reparam"`` one of the same mean whose noise does not drown it as K grows; ``"sticking"`` that of the bound
         with the parameters in log q held fixed, biased for K > 1.
+    :param particles: ``"iid"`` or ``"rqmc"``; see :func:`numpyro_pvmc.program.draw`.
     :return: particles and potentials.
     :raises ValueError: if the guide does not fit the chain.
     """
     check_guide(structure, guide, arguments, params)
     _, guide_key = random.split(rng_key)  # as `Trace_ELBO` splits it
     drawn, global_values, log_q_globals, mutable = draw(
-        guide, arguments, params, guide_key, tuple(structure.sites), num_particles
+        guide, arguments, params, guide_key, sites_to_draw(structure), num_particles, particles
     )
-    particles = Particles(
-        {name: drawn[name] for name in structure.initial},
-        {name: jnp.swapaxes(drawn[name], 0, 1) for name in structure.step},
-    )
+    drawn = particles_of(structure, drawn)
     plates = tuple(plate.size for plate in structure.plates)
-    dtype = jnp.result_type(*jax.tree.leaves(particles))
+    dtype = jnp.result_type(*jax.tree.leaves(drawn))
     slack_node, slack = jnp.zeros((structure.length + 1, *plates, num_particles), dtype), jnp.zeros(plates, dtype)
     if gradient == "doubly_reparam":
-        particles, slack_node, slack = _weigh_cotangents(structure, slack_node, slack)(particles)
+        drawn, slack_node, slack = _weigh_cotangents(structure, slack_node, slack)(drawn)
     q_params, q_globals = params, global_values
     if gradient in ("doubly_reparam", "sticking"):
         q_params, q_globals = lax.stop_gradient((params, global_values))
     chain = read_chain(structure, model, arguments, params | mutable | global_values)
     present = presence(chain)
-    log_q = proposal_log_densities(structure, guide, arguments, q_params | q_globals, guide_key, particles, present)
+    log_q = proposal_log_densities(structure, guide, arguments, q_params | q_globals, guide_key, drawn, present)
+    node, edges, mask = weigh(chain, drawn, log_q, present)
+    log_weight_globals = global_log_density(chain) - log_q_globals
+    mutable = mutable | mutable_state(chain)
+    return Lattice(drawn, node + slack_node, edges, mask, slack, global_values, log_weight_globals, mutable)
+
+
+def weigh(
+    chain: Chain, particles: Particles, log_q: jax.Array, present: dict[str, jax.Array] | None
+) -> tuple[jax.Array, Edges, jax.Array | None]:
+    """The potentials of particles.
+
+    :param chain: the chain.
+    :param particles: its particles.
+    :param log_q: log densities of the law they were drawn from, shape ``(T + 1, *plates, K)``.
+    :param present: for each site of a step where it is not masked.
+    :return: nodes, edges, mask: arguments of :mod:`numpyro_pvmc.smoothing`.
+    """
     log_p, edges = target(chain, particles)
-    node = log_p - log_q - math.log(num_particles) + slack_node
-    mask = None
+    node, mask = log_p - log_q - math.log(log_q.shape[-1]), None
     if present is not None:
         steps = functools.reduce(jnp.logical_or, present.values())
-        mask = jnp.concatenate([jnp.ones((1, *plates), bool), steps])
-    log_weight_globals = global_log_density(chain) - log_q_globals
-    return Lattice(particles, node, edges, mask, slack, global_values, log_weight_globals, mutable | mutable_state(chain))
+        mask = jnp.concatenate([jnp.ones((1, *steps.shape[1:]), bool), steps])
+    return node, edges, mask
 
 
 def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
@@ -279,6 +293,31 @@ def align(weights: jax.Array, latent: Latent, structure: Structure) -> jax.Array
     for plate in structure.plates:
         shape[len(latent.batch_shape) + plate.dim] = plate.size
     return weights.reshape(weights.shape[: weights.ndim - len(structure.plates)] + tuple(shape))
+
+
+def sites_to_draw(structure: Structure) -> list[Drawn]:
+    """The sites that have particles, and over which of their axes particles are independent: time and plates.
+
+    :param structure: the structure of the chain.
+    """
+    sites = []
+    for name, site in structure.sites.items():
+        time = int(name in structure.step)
+        plates = tuple(time + len(site.batch_shape) + plate.dim for plate in structure.plates)
+        sites.append(Drawn(name, time, (0,) * time + plates))
+    return sites
+
+
+def particles_of(structure: Structure, drawn: dict[str, jax.Array]) -> Particles:
+    """Sort draws by point.
+
+    :param structure: the structure of the chain.
+    :param drawn: ``{site: (K, ...)}``.
+    """
+    return Particles(
+        {name: drawn[name] for name in structure.initial},
+        {name: jnp.swapaxes(drawn[name], 0, 1) for name in structure.step},
+    )
 
 
 def _weigh_cotangents(structure, slack_node, slack):

@@ -5,6 +5,8 @@ program reaches instead of running them, runs the body of a scan for one step, a
 """
 
 import functools
+import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ from numpyro.contrib.control_flow import scan as numpyro_scan
 from numpyro.handlers import block, condition, seed, substitute, trace
 from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
+
+from numpyro_pvmc.quasirandom import from_uniform, has_points, noise_shape, uniform_points
 
 Site = dict[str, Any]
 Sites = dict[str, Site]
@@ -289,16 +293,51 @@ def mask_of(site: Site) -> jax.Array | bool | None:
     return None if mask is None else jnp.broadcast_to(mask, site["fn"].batch_shape)
 
 
-class _ParticleKeys(Messenger):
-    """Gives the named sites a key of their own for each particle; with one particle, the key they would have anyway."""
+class Drawn(NamedTuple):
+    """A site that is drawn K times.
 
-    def __init__(self, names, particle, num_particles):
-        self.names, self.particle, self.num_particles = names, particle, num_particles
+    Sites of one `point` of the chain are drawn together. `shared_axes` are those axes of its law's batch, counted from the
+    left, along which draws are independent: time, and the series.
+    """
+
+    name: str
+    point: int
+    shared_axes: tuple[int, ...]
+
+
+class _ParticleDraws(Messenger):
+    """Draws the named sites once for each particle: evenly spread, or with a key of the particle's own.
+
+    With one particle, the draw and its key are those of the guide without it.
+    """
+
+    def __init__(self, drawn, particle, num_particles, is_even):
+        self.drawn, self.particle, self.num_particles = {site.name: site for site in drawn}, particle, num_particles
+        self.is_even = is_even
+        self.coordinates = dict.fromkeys((site.point for site in drawn), 0)
+        self.independent = []
         super().__init__()
 
     def process_message(self, msg):
-        if msg["type"] == "sample" and msg["name"] in self.names and self.num_particles > 1:
-            msg["kwargs"]["rng_key"] = random.split(msg["kwargs"]["rng_key"], self.num_particles)[self.particle]
+        site = self.drawn.get(msg["name"])
+        if msg["type"] != "sample" or site is None or self.num_particles == 1:
+            return
+        if self.is_even and self._draw_evenly(msg, site):
+            return
+        self.independent.append(site.name)
+        msg["kwargs"]["rng_key"] = random.split(msg["kwargs"]["rng_key"], self.num_particles)[self.particle]
+
+    def _draw_evenly(self, msg, site):
+        shape, first = noise_shape(msg["fn"]), self.coordinates[site.point]
+        if shape is None or shape[: len(msg["fn"].batch_shape)] != msg["fn"].batch_shape:
+            return False
+        last = first + math.prod(size for axis, size in enumerate(shape) if axis not in site.shared_axes)
+        if not has_points(last):
+            return False
+        uniform = uniform_points(msg["kwargs"]["rng_key"], shape, site.shared_axes, self.particle, self.num_particles, first)
+        msg["value"] = from_uniform(msg["fn"], uniform)
+        self.coordinates[site.point] = last
+        return True
 
 
 def draw(
@@ -306,8 +345,9 @@ def draw(
     arguments: Arguments,
     params: dict[str, Any],
     rng_key: jax.Array,
-    particle_sites: Sequence[str],
+    drawn: Sequence[Drawn],
     num_particles: int,
+    particles: str = "iid",
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array, dict[str, Any]]:
     """Draw the sites of a guide, some of them K times.
 
@@ -317,32 +357,45 @@ def draw(
     :param arguments: what it is called with.
     :param params: values of its parameters.
     :param rng_key: random key; with K = 1 the draws are those that `Trace_ELBO` makes with it.
-    :param particle_sites: the sites to draw K times.
+    :param drawn: the sites to draw K times.
     :param num_particles: K, the number of particles at each time step.
+    :param particles: ``"iid"``, independent draws; ``"rqmc"``, draws that are evenly spread where the law of a site allows it,
+        see :mod:`numpyro_pvmc.quasirandom`, with a warning where it does not.
     :return: ``{site: (K, ...)}``; the values of the other sites; their log density, summed; mutable state.
     :raises ValueError: if another site depends on those drawn K times.
     """
+    names, laws, independent = [site.name for site in drawn], {}, []
 
     def particle(number):
-        keys = _ParticleKeys(particle_sites, number, num_particles)
-        with block(), trace() as sites, substitute(data=params), keys, seed(rng_seed=rng_key):
+        draws = _ParticleDraws(drawn, number, num_particles, particles == "rqmc")
+        with block(), trace() as sites, substitute(data=params), draws, seed(rng_seed=rng_key):
             arguments(guide)
+        laws.update({name: type(sites[name]["fn"]).__name__ for name in names})
+        independent.extend(draws.independent)
         samples = {name: site for name, site in sites.items() if is_latent(site)}
-        others = {name: site for name, site in samples.items() if name not in particle_sites}
+        others = {name: site for name, site in samples.items() if name not in names}
         log_q = sum((_log_prob_as_drawn(site).sum() for site in others.values()), start=jnp.zeros(()))
         mutable = {name: site["value"] for name, site in sites.items() if site["type"] == "mutable"}
         values = {name: site["value"] for name, site in samples.items()}
-        return {n: values[n] for n in particle_sites}, {n: values[n] for n in others}, log_q, mutable
+        return {n: values[n] for n in names}, {n: values[n] for n in others}, log_q, mutable
 
     try:
-        return jax.vmap(particle, out_axes=(0, None, None, None))(jnp.arange(num_particles))
+        result = jax.vmap(particle, out_axes=(0, None, None, None))(jnp.arange(num_particles))
     except ValueError as error:
         if "out_axes" not in str(error):
             raise
         raise ValueError(
             "In the guide a global site, or mutable state, depends on the values of the chain's sites "
-            f"{sorted(particle_sites)}. Each particle would have another value of it: draw global sites first."
+            f"{sorted(names)}. Each particle would have another value of it: draw global sites first."
         ) from error
+    if particles == "rqmc" and independent:
+        warnings.warn(
+            f"The particles of {sorted(set(independent))} are independent draws: quasi-random ones need a law with a quantile "
+            f"function, and the guide's {sorted({laws[name] for name in independent})} has none. `particles='iid'` says the "
+            "same without this warning.",
+            stacklevel=2,
+        )
+    return result
 
 
 def log_densities(

@@ -1,0 +1,104 @@
+"""Gaussians and weighted particles in, the Gaussians refitted to the particles out.
+
+The Gaussian nearest to a law in inclusive Kullback-Leibler divergence has its mean and covariance, and weighted particles
+estimate both.
+
+Shapes: N points of a chain, K particles, D coordinates; `plates` are independent series.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Moments(NamedTuple):
+    """A Gaussian for each point and series.
+
+    `factor` has shape ``(N, *plates, D)``, standard deviations, or ``(N, *plates, D, D)``, Cholesky factors of covariances.
+    """
+
+    mean: Float[Array, "N *plates D"]
+    factor: Float[Array, "N *plates_and_D"]
+
+    @property
+    def is_full(self) -> bool:
+        return self.factor.ndim > self.mean.ndim
+
+
+def refit(
+    old: Moments,
+    coordinates: Float[Array, "N *plates K D"],
+    log_weights: Float[Array, "N *plates K"],
+    rate: float | Float[Array, ""] = 1.0,
+    present: Array | None = None,
+) -> Moments:
+    """Move Gaussians towards the moments of weighted particles.
+
+    The result has the moments of a mixture of the old Gaussian and the particles. The share of the particles is `rate` if
+    their effective number is enough for a covariance, three times D, and less if it is less.
+
+    :param old: Gaussians to start from.
+    :param coordinates: particles.
+    :param log_weights: logs of weights that sum to 1 over particles.
+    :param rate: the largest share of the particles, between 0 and 1.
+    :param present: ``(N, *plates)``, false where there is nothing to fit.
+    :return: Gaussians of the same kind.
+    """
+    weights = jnp.exp(log_weights)
+    size = 1 / jnp.sum(weights**2, -1)
+    share = rate * jnp.clip((size - 1) / (3 * old.mean.shape[-1]), 0.0, 1.0)
+    # Without a possible trajectory all weights are zero, and size is infinite.
+    known = jnp.isfinite(size) & (True if present is None else present)
+    share = jnp.where(known, share, 0.0)[..., None]
+    mean = jnp.einsum("...k,...kd->...d", weights, coordinates)
+    deviation, shift = coordinates - mean[..., None, :], mean - old.mean
+    if old.is_full:
+        covariance = jnp.einsum("...k,...ki,...kj->...ij", weights, deviation, deviation)
+        between = share[..., None] * (1 - share[..., None]) * shift[..., :, None] * shift[..., None, :]
+        before = old.factor @ jnp.swapaxes(old.factor, -1, -2)
+        covariance = (1 - share[..., None]) * before + share[..., None] * covariance + between
+        # Particles that all stand in one place have no covariance; and rounding must not make it negative.
+        ridge = 1e-5 * jnp.diagonal(covariance, axis1=-2, axis2=-1) + jnp.finfo(mean.dtype).tiny
+        factor = jnp.linalg.cholesky(covariance + ridge[..., None] * jnp.eye(mean.shape[-1], dtype=mean.dtype))
+    else:
+        variance = jnp.einsum("...k,...kd->...d", weights, deviation**2)
+        factor = jnp.sqrt((1 - share) * old.factor**2 + share * variance + share * (1 - share) * shift**2)
+    mean = old.mean + share * shift
+    axes = tuple(range(mean.ndim - 1, factor.ndim))
+    sound = jnp.isfinite(mean).all(-1) & jnp.isfinite(factor).all(axes) & (share[..., 0] > 0)
+    return Moments(
+        jnp.where(sound[..., None], mean, old.mean),
+        jnp.where(sound.reshape(sound.shape + (1,) * len(axes)), factor, old.factor),
+    )
+
+
+def spread(draws: Float[Array, "M N *plates D"]) -> Moments:
+    """Gaussians of about the place and width of equally weighted draws.
+
+    :param draws: draws; those that are not finite do not count.
+    :return: medians, and half the distance of the quantiles that a Normal has at one standard deviation from its mean.
+    """
+    draws = jnp.where(jnp.isfinite(draws), draws, jnp.nan)
+    low, middle, high = jnp.nanquantile(draws, jnp.array([0.1587, 0.5, 0.8413], draws.dtype), axis=0)
+    width = (high - low) / 2
+    return Moments(jnp.where(jnp.isfinite(middle), middle, 0.0), jnp.where(jnp.isfinite(width) & (width > 0), width, 1.0))
+
+
+def dense(moments: Moments) -> Moments:
+    """The same Gaussians with Cholesky factors.
+
+    :param moments: Gaussians.
+    """
+    if moments.is_full:
+        return moments
+    eye = jnp.eye(moments.mean.shape[-1], dtype=moments.factor.dtype)
+    return Moments(moments.mean, moments.factor[..., None] * eye)
+
+
+def diagonal(moments: Moments) -> Moments:
+    """The same Gaussians without correlations.
+
+    :param moments: Gaussians.
+    """
+    return Moments(moments.mean, jnp.sqrt(jnp.sum(moments.factor**2, -1))) if moments.is_full else moments
