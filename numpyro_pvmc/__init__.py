@@ -1,5 +1,6 @@
 """Parallel variational Monte Carlo for state-space models written in NumPyro."""
 
+from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.infer import PVMC
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.posterior import SmoothedPosterior
@@ -7,4 +8,4 @@ from numpyro_pvmc.program import markov
 
 __version__ = "0.1.0"
 
-__all__ = ["PVMC", "ImportanceSmoothedELBO", "SmoothedPosterior", "markov"]
+__all__ = ["PVMC", "AutoSmoothedNormal", "ImportanceSmoothedELBO", "SmoothedPosterior", "markov"]

@@ -19,9 +19,10 @@ from numpyro.distributions import transforms
 from numpyro.handlers import substitute
 
 from numpyro_pvmc.chain import Chain, supports
+from numpyro_pvmc.densities import Particles
 from numpyro_pvmc.moments import Moments, dense
-from numpyro_pvmc.potentials import Particles, check_guide
 from numpyro_pvmc.program import Arguments, log_densities
+from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.structure import Latent, Structure
 
 

@@ -83,8 +83,22 @@ def couples(function: Callable[..., Any], rows: Any, *others: Any) -> Any:
 
     def leak(rows, others, chosen):
         of_rows = lambda leaf: chosen.reshape((size,) + (1,) * (leaf.ndim - 1))
-        directions = jax.tree.map(lambda leaf: jnp.where(of_rows(leaf), 1.0 + 0.1 * jnp.cos(leaf), 0.0), rows)
-        _, change = jax.jvp(lambda rows: function(rows, *others), (rows,), (directions,))
+        smooth = [leaf for leaf in jax.tree.leaves(rows) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        directions = [jnp.where(of_rows(leaf), 1.0 + 0.1 * jnp.cos(leaf), 0.0) for leaf in smooth]
+
+        def moved(smooth, is_flipped):
+            smooth = iter(smooth)
+            # An integer has no direction: 0 becomes 1, and 1 becomes 0.
+            flip = lambda leaf: jnp.where(of_rows(leaf) & is_flipped, 1 - leaf, leaf)
+            is_smooth = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
+            given = jax.tree.map(lambda leaf: next(smooth) if is_smooth(leaf) else flip(leaf), rows)
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), function(given, *others))
+
+        value, change = jax.jvp(lambda smooth: moved(smooth, False), (smooth,), (directions,))
+        if len(smooth) < len(jax.tree.leaves(rows)):
+            # What is not a number on both sides is no evidence either.
+            difference = jax.tree.map(lambda a, b: jnp.where(a == b, 0.0, b - a), value, moved(smooth, True))
+            change = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b), a, jnp.abs(a) + jnp.abs(b)), change, difference)
         # An undefined derivative (nan) is no evidence of a coupling.
         seen = lambda leaf: jnp.any(jnp.where(of_rows(leaf), False, (leaf != 0) & ~jnp.isnan(leaf)))
         return jax.tree.map(seen, change)

@@ -1,7 +1,6 @@
 """A program, a guide, data in; trained parameters and the smoothed posterior out."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 import tqdm
-from jax import lax, random
+from jax import lax
 from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_pvmc.chain import check_data, read_structure
+from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
-from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
-from numpyro_pvmc.potentials import check_guide, propose
+from numpyro_pvmc.phases import growth, warm_up, warming_power
+from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, parameter_names
+from numpyro_pvmc.proposal import check_guide
+from numpyro_pvmc.smoother import check_refinement, sample, smooth, warn_of_collapse
 from numpyro_pvmc.structure import Structure
 
 _CHUNK = 100  # updates in one compiled call, between two looks at the progress bar
@@ -32,7 +34,8 @@ class PVMC(SVI):
 
     :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
     :param guide: a NumPyro program that samples the chain's sites with a leading time axis, independently over time, such as
-        :class:`numpyro.infer.autoguide.AutoNormal`.
+        :class:`numpyro.infer.autoguide.AutoNormal`; by default :class:`numpyro_pvmc.AutoSmoothedNormal` with full
+        covariances, which has nothing to train.
     :param optim: an optimiser of NumPyro or Optax; Adam with a slowly decaying step by default.
     :param loss: an objective; by default ``ImportanceSmoothedELBO`` with the four choices below.
     :param num_particles: K, the number of particles at each time step.
@@ -75,7 +78,7 @@ class PVMC(SVI):
     def __init__(
         self,
         model: Callable,
-        guide: Callable,
+        guide: Callable | None = None,
         optim: Any = None,
         loss: ELBO | None = None,
         *,
@@ -94,14 +97,16 @@ class PVMC(SVI):
                 f"{sorted(choices)} are choices of the default loss, and cannot be given beside an explicit `loss`. Give them "
                 "to the loss: `loss=ImportanceSmoothedELBO(...)`."
             )
+        guide = AutoSmoothedNormal(model, covariance="full") if guide is None else guide
         super().__init__(model, guide, _default_optimiser() if optim is None else optim, loss, **static_kwargs)
         self._known: dict[Any, tuple[Structure, Callable]] = {}
         self._compiled_init = jax.jit(self._init)
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
-        self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "frozen", "stable"))
-        self._compiled_posterior = jax.jit(self._posterior)
-        self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape",))
+        self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "frozen", "rounds", "stable"))
+        self._compiled_posterior = jax.jit(self._posterior, static_argnames=("refine",))
+        self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape", "refine"))
+        self._is_refitted = False
 
     def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:
         """The initial state, once the program, the guide and the data have been checked.
@@ -189,10 +194,11 @@ class PVMC(SVI):
         """Train for a number of steps.
 
         From a cold start the weights of many particles all go to one of them before the guide is near the posterior, and the
-        objective stalls. So training starts with one particle, and grows to K in a few phases, each compiled once; see
-        :func:`growth`. While there is one particle the parameters of the model rest, since the plain bound of a guide that is
-        independent over time would draw them towards a chain without memory. A run that goes on from `init_state` has K
-        particles throughout.
+        objective stalls. So training of a guide with parameters starts with one particle, and grows to K in a few phases,
+        each compiled once; see :func:`numpyro_pvmc.phases.growth`. While there is one particle the parameters of the model
+        rest, since the plain bound of a guide that is independent over time would draw them towards a chain without memory.
+        A refitted guide has K particles throughout; for a few steps it is refitted alone, to tempered transitions. A run that
+        goes on from `init_state` does neither.
 
         :param rng_key: random key.
         :param num_steps: number of updates.
@@ -202,10 +208,11 @@ class PVMC(SVI):
         :param forward_mode_differentiation: not available.
         :param init_state: a state to go on from.
         :param init_params: initial values of parameters, by name.
-        :param grow: whether to begin with few particles. Without, each step equals one of :class:`numpyro.infer.SVI`.
+        :param grow: whether to begin with few particles, or by refitting alone. Without, each step equals one of
+            :class:`numpyro.infer.SVI`.
         :param kwargs: keyword arguments of the model and the guide.
         :return: parameters, last state, and the losses; while the number of particles grows a loss is that of the number in
-            use.
+            use, and while transitions are tempered that of the tempered chain.
         :raises ValueError: for `num_steps` below 1, or as :meth:`init`.
         """
         if num_steps < 1:
@@ -213,11 +220,14 @@ class PVMC(SVI):
         _refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
         arguments = Arguments(args, kwargs)
-        phases, frozen = [(None, num_steps)], ()
+        phases, frozen, rounds = [(None, num_steps)], (), None
         if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
-            phases = growth(num_steps, self.loss.num_particles)
-            frozen = self._parameters_of_the_model(state, self._arguments(args, kwargs))
-        losses = []
+            if self._is_refitted:
+                rounds = warm_up(num_steps)
+            else:
+                phases = growth(num_steps, self.loss.num_particles)
+                frozen = self._parameters_of_the_model(state, self._arguments(args, kwargs))
+        losses, total = [], 0
         hidden = not progress_bar or _is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
             for num_particles, steps in phases:
@@ -227,26 +237,55 @@ class PVMC(SVI):
                         state,
                         arguments,
                         jnp.asarray(count),
+                        None if rounds is None else jnp.asarray(rounds - total),
                         num_particles=num_particles,
                         frozen=frozen if num_particles == 1 else (),
+                        rounds=rounds,
                         stable=stable_update,
                     )
                     losses.append(chunk[:count])
+                    total += count
                     if not hidden:
                         bar.set_postfix_str(_report(self.loss, num_particles, losses[-1]), refresh=False)
                         bar.update(count)
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
 
-    def posterior(self, rng_key: jax.Array, params: dict[str, Any], *args: Any, **kwargs: Any) -> SmoothedPosterior:
+    def get_params(self, svi_state: SVIState) -> dict[str, Any]:
+        """Values of parameters, and mutable state.
+
+        :param svi_state: the state.
+        :return: ``{name: value}``, as :meth:`posterior` and :class:`numpyro.infer.Predictive` take them.
+        """
+        return super().get_params(svi_state) | (svi_state.mutable_state or {})
+
+    def posterior(
+        self,
+        rng_key: jax.Array,
+        params: dict[str, Any],
+        *args: Any,
+        refine: int = 0,
+        temper: float = 1.0,
+        **kwargs: Any,
+    ) -> SmoothedPosterior:
         """The smoothed posterior: fresh particles from the guide, weighed.
 
         :param rng_key: random key.
-        :param params: trained parameters.
+        :param params: trained parameters. With a guide that has none of its own and `refine`, known ones will do.
         :param args: arguments of the model and the guide.
+        :param refine: for how many rounds the guide's Gaussians are first refitted to the weighted particles, for any guide
+            that is Gaussian in unconstrained space; see :func:`numpyro_pvmc.refinement.refine`. The particles are drawn
+            after the last, so the estimate of the evidence stays unbiased.
+        :param temper: the power to which transition densities are raised in the first of these rounds, rising to 1. Less
+            than 1, such as 0.02, helps where the noise of transitions is small against the width of the guide.
         :param kwargs: keyword arguments of the model and the guide.
         :return: weighted particles; global sites are drawn once.
+        :raises ValueError: if `refine` is negative, `temper` is not above 0 and at most 1, or the guide is not Gaussian.
         """
-        return self._compiled_posterior(rng_key, params, self._arguments(args, kwargs))
+        check_refinement(refine, temper)
+        posterior = self._compiled_posterior(rng_key, params, self._arguments(args, kwargs), temper, refine=refine)
+        if refine and not _is_traced(posterior):
+            warn_of_collapse(posterior)
+        return posterior
 
     def sample_posterior(
         self,
@@ -254,6 +293,8 @@ class PVMC(SVI):
         params: dict[str, Any],
         *args: Any,
         sample_shape: tuple[int, ...] = (),
+        refine: int = 0,
+        temper: float = 1.0,
         **kwargs: Any,
     ) -> dict[str, jax.Array]:
         """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
@@ -264,18 +305,21 @@ class PVMC(SVI):
         :param params: trained parameters.
         :param args: arguments of the model and the guide.
         :param sample_shape: how many to draw.
+        :param refine: as for :meth:`posterior`.
+        :param temper: as for :meth:`posterior`.
         :param kwargs: keyword arguments of the model and the guide.
         :return: ``{site: (*sample_shape, ...)}``, latent and deterministic sites in the shapes that the model gives them.
         """
+        check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
-        return self._compiled_sample(rng_key, params, arguments, sample_shape=tuple(sample_shape))
+        return self._compiled_sample(rng_key, params, arguments, temper, sample_shape=tuple(sample_shape), refine=refine)
 
     def _arguments(self, args, kwargs):
         return Arguments(args, kwargs | self.static_kwargs)
 
     def _parameters_of_the_model(self, state, arguments):
         """Parameters that the guide does not have."""
-        params = self.get_params(state) | (state.mutable_state or {})
+        params = self.get_params(state)
         of_model, of_guide = (parameter_names(program, arguments, params) for program in (self.model, self.guide))
         return tuple(sorted(of_model - of_guide))
 
@@ -288,7 +332,7 @@ class PVMC(SVI):
             # NumPyro runs the model at draws of the guide: see whether the guide is why that failed.
             check_guide(structure, self.guide, arguments, params)
             raise
-        check_guide(structure, self.guide, arguments, self.get_params(state) | (state.mutable_state or {}))
+        self._is_refitted = bool(check_guide(structure, self.guide, arguments, self.get_params(state)).refitted_by)
         return state
 
     def _init(self, rng_key, arguments, init_params):
@@ -304,39 +348,27 @@ class PVMC(SVI):
     def _evaluate(self, state, arguments):
         return SVI.evaluate(self, state, *arguments.args, **arguments.kwargs)
 
-    def _updates(self, state, arguments, count, num_particles, frozen, stable):
-        own = self
+    def _updates(self, state, arguments, count, left, num_particles, frozen, rounds, stable):
+        own = copy.copy(self)
         if num_particles not in (None, self.loss.num_particles):
-            own = copy.copy(self)
             own.loss = self.loss.with_num_particles(num_particles, frozen)
 
         def body(i, state_and_losses):
             state, losses = state_and_losses
+            if rounds is not None:
+                own.loss = self.loss.while_warming(warming_power(left - i, rounds), left > i)
             state, loss = own._update(state, arguments, stable)
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
-        dtype = jax.eval_shape(lambda: own._update(state, arguments, stable)[1]).dtype
+        dtype = jax.eval_shape(lambda: self._update(state, arguments, stable)[1]).dtype
         return lax.fori_loop(0, count, body, (state, jnp.full(_CHUNK, jnp.nan, dtype)))
 
-    def _posterior(self, rng_key, params, arguments):
-        structure = read_structure(self.model, arguments, params)
+    def _posterior(self, rng_key, params, arguments, temper, refine):
+        return smooth(rng_key, self.model, self.guide, arguments, params, self._smoothed_loss(), refine, temper)
+
+    def _sample(self, rng_key, params, arguments, temper, sample_shape, refine):
         loss = self._smoothed_loss()
-        lattice = propose(
-            rng_key, structure, self.model, self.guide, arguments, params, loss.num_particles, particles=loss.particles
-        )
-        return smoothed_posterior(lattice, structure, self.model, arguments, params, loss.method)
-
-    def _sample(self, rng_key, params, arguments, sample_shape):
-        if not read_structure(self.model, arguments, params).global_sites:
-            posterior_key, sample_key = random.split(rng_key)
-            return self._posterior(posterior_key, params, arguments).sample(sample_key, sample_shape)
-
-        def one(rng_key):
-            posterior_key, sample_key = random.split(rng_key)
-            return self._posterior(posterior_key, params, arguments).sample(sample_key)
-
-        samples = lax.map(one, random.split(rng_key, math.prod(sample_shape)))
-        return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
+        return sample(rng_key, self.model, self.guide, arguments, params, loss, refine, temper, sample_shape)
 
     def _smoothed_loss(self):
         if not isinstance(self.loss, ImportanceSmoothedELBO):
@@ -344,29 +376,6 @@ class PVMC(SVI):
                 f"The posterior needs the loss `ImportanceSmoothedELBO`, but this `PVMC` has {type(self.loss).__name__}."
             )
         return self.loss
-
-
-def growth(num_steps: int, num_particles: int) -> list[tuple[int, int]]:
-    """Numbers of particles, and of steps for each, of a run that starts cold.
-
-    :param num_steps: number of steps in all.
-    :param num_particles: K, the number of particles at each time step.
-    :return: pairs of a number of particles and a number of steps: a tenth of the steps with one particle, or 500 if that is
-        more and not above a third; a twentieth for each of the numbers growing fourfold; the rest with K.
-
-    .. doctest::
-
-        >>> from numpyro_pvmc.infer import growth
-        >>> growth(6000, 64)
-        [(1, 600), (4, 300), (16, 300), (64, 4800)]
-    """
-    numbers = [num_particles]
-    while numbers[0] > 1:
-        numbers.insert(0, max(numbers[0] // 4, 1))
-    alone = max(num_steps // 10, min(num_steps // 3, 500))  # in 500 steps of 0.01 to 0.02 the guide comes near the data
-    steps = [alone, *[num_steps // 20] * (len(numbers) - 2)][: len(numbers) - 1]
-    steps.append(num_steps - sum(steps))
-    return [(number, count) for number, count in zip(numbers, steps, strict=True) if count]
 
 
 def _default_optimiser():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from numpyro.infer import ELBO
 
@@ -12,7 +13,8 @@ from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.potentials import GRADIENTS, propose
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.quasirandom import check_particles
-from numpyro_pvmc.smoothing import check_method, log_normalizer
+from numpyro_pvmc.refinement import tempered
+from numpyro_pvmc.smoothing import check_method, log_normalizer, log_normalizer_and_weights
 
 
 class ImportanceSmoothedELBO(ELBO):
@@ -61,6 +63,8 @@ class ImportanceSmoothedELBO(ELBO):
         True
     """
 
+    can_infer_discrete = True  # those that the guide samples
+
     def __init__(
         self, num_particles: int = 32, *, gradient: str = "doubly_reparam", method: str = "auto", particles: str = "rqmc"
     ):
@@ -77,6 +81,7 @@ class ImportanceSmoothedELBO(ELBO):
         self.method = method
         self.particles = particles
         self.frozen = ()
+        self.warming = None
 
     def with_num_particles(self, num_particles: int, frozen: tuple[str, ...] = ()) -> "ImportanceSmoothedELBO":
         """The same objective with another number of particles.
@@ -86,6 +91,16 @@ class ImportanceSmoothedELBO(ELBO):
         """
         loss = copy.copy(self)
         loss.num_particles, loss.frozen = num_particles, frozen
+        return loss
+
+    def while_warming(self, power: jax.Array, resting: jax.Array) -> "ImportanceSmoothedELBO":
+        """The objective at the beginning of a run whose guide is refitted.
+
+        :param power: transition densities are raised to it.
+        :param resting: whether parameters get no gradient.
+        """
+        loss = copy.copy(self)
+        loss.warming = power, resting
         return loss
 
     def loss_with_mutable_state(
@@ -110,9 +125,21 @@ class ImportanceSmoothedELBO(ELBO):
         """
         arguments = Arguments(args, kwargs)
         param_map = param_map | {name: lax.stop_gradient(param_map[name]) for name in self.frozen}
+        if self.warming is not None:
+            power, resting = self.warming
+            param_map = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), param_map)
         structure = read_structure(model, arguments, param_map)
         lattice = propose(
             rng_key, structure, model, guide, arguments, param_map, self.num_particles, self.gradient, self.particles
         )
-        log_z = log_normalizer(lattice.node, lattice.edges, lattice.mask, self.method) + lattice.slack
-        return {"loss": -(log_z.sum() + lattice.log_weight_globals), "mutable_state": lattice.mutable_state or None}
+        edges, mutable = lattice.edges, lattice.mutable_state
+        if self.warming is not None:
+            edges = tempered(edges, power)
+        if lattice.refitted_by:
+            log_z, log_weights = log_normalizer_and_weights(lattice.node, edges, lattice.mask, self.method)
+            for guide_part in lattice.refitted_by:
+                mutable = mutable | guide_part.refitted(lattice, log_weights)
+        else:
+            log_z = log_normalizer(lattice.node, edges, lattice.mask, self.method).sum()
+        bound = log_z + lattice.slack.sum() + lattice.log_weight_globals
+        return {"loss": -bound, "mutable_state": mutable or None}

@@ -11,7 +11,8 @@ import numpy as np
 from jax import random
 
 from numpyro_pvmc.chain import read_chain
-from numpyro_pvmc.potentials import Lattice, Particles, target
+from numpyro_pvmc.densities import Particles, target
+from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.program import Arguments, run
 from numpyro_pvmc.smoothing import marginals, sample_backward
 from numpyro_pvmc.structure import Latent, Structure

@@ -18,22 +18,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jax import lax, random
 
-from numpyro_pvmc.chain import Chain, after_scan, begin, global_log_density, mutable_state, presence, read_chain, step
-from numpyro_pvmc.program import Arguments, Drawn, draw, log_densities, log_prob
+from numpyro_pvmc.chain import Chain, global_log_density, mutable_state, presence, read_chain
+from numpyro_pvmc.densities import Particles, particles_of, target
+from numpyro_pvmc.drawing import draw, sites_to_draw
+from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.proposal import Refitted, check_guide, proposal_log_densities
 from numpyro_pvmc.smoothing import Edges
-from numpyro_pvmc.structure import Latent, Structure, per_series
+from numpyro_pvmc.structure import Latent, Structure
 
-GRADIENTS = ("doubly_reparam", "reparam", "sticking")
-
-
-class Particles(NamedTuple):
-    """Values of the chain's sites: `initial` has leading axis K, `steps` leading axes (T, K)."""
-
-    initial: dict[str, jax.Array]
-    steps: dict[str, jax.Array]
+GRADIENTS = ("doubly_reparam", "reparam", "sticking", "reweighted")
 
 
 class Lattice(NamedTuple):
@@ -41,8 +36,10 @@ class Lattice(NamedTuple):
 
     `slack` is zero. Added to the log normalizer, it lets the doubly reparameterised gradient see the cotangent of each
     series. `log_weight_globals` is log p - log q of the global sites, summed, with all that reads nothing of the chain.
+    `refitted_by` are the guides that want to be refitted from the weights.
     """
 
+    chain: Chain
     particles: Particles
     node: jax.Array
     edges: Edges
@@ -51,6 +48,7 @@ class Lattice(NamedTuple):
     globals: dict[str, jax.Array]
     log_weight_globals: jax.Array
     mutable_state: dict[str, Any]
+    refitted_by: tuple[Refitted, ...] = ()
 
 
 def propose(
@@ -75,32 +73,67 @@ def propose(
     :param num_particles: K, the number of particles at each time step.
     :param gradient: which gradient the guide's parameters get from the log normalizer: ``"reparam"`` that of the bound;
         ``"doubly_reparam"`` one of the same mean whose noise does not drown it as K grows; ``"sticking"`` that of the bound
-        with the parameters in log q held fixed, biased for K > 1.
-    :param particles: ``"iid"`` or ``"rqmc"``; see :func:`numpyro_pvmc.program.draw`.
+        with the parameters in log q held fixed, biased for K > 1; ``"reweighted"`` that of the mean of log q over the
+        smoothed particles, which needs no gradient of draws. Sites without such gradients get this one in any case; a
+        Markovian guide gets ``"reparam"`` in place of ``"doubly_reparam"``.
+    :param particles: ``"iid"`` or ``"rqmc"``; see :func:`numpyro_pvmc.drawing.draw`.
     :return: particles and potentials.
     :raises ValueError: if the guide does not fit the chain.
     """
-    check_guide(structure, guide, arguments, params)
+    form = check_guide(structure, guide, arguments, params)
     _, guide_key = random.split(rng_key)  # as `Trace_ELBO` splits it
     drawn, global_values, log_q_globals, mutable = draw(
-        guide, arguments, params, guide_key, sites_to_draw(structure), num_particles, particles
+        guide,
+        arguments,
+        params,
+        guide_key,
+        sites_to_draw(structure),
+        num_particles,
+        particles,
+        form.markovian is not None,
     )
-    drawn = particles_of(structure, drawn)
+    reweighted = form.not_reparameterised
+    if gradient == "reweighted" or (reweighted and form.markovian):  # the density of a mixture is not one of its sites
+        reweighted = tuple(structure.sites)
+    drawn = {name: lax.stop_gradient(x) if name in reweighted else x for name, x in drawn.items()}
     plates = tuple(plate.size for plate in structure.plates)
-    dtype = jnp.result_type(*jax.tree.leaves(drawn))
-    slack_node, slack = jnp.zeros((structure.length + 1, *plates, num_particles), dtype), jnp.zeros(plates, dtype)
-    if gradient == "doubly_reparam":
-        drawn, slack_node, slack = _weigh_cotangents(structure, slack_node, slack)(drawn)
-    q_params, q_globals = params, global_values
-    if gradient in ("doubly_reparam", "sticking"):
-        q_params, q_globals = lax.stop_gradient((params, global_values))
+    slack_node, slack = jnp.zeros((structure.length + 1, *plates, num_particles)), jnp.zeros(plates)
+    is_doubly = gradient == "doubly_reparam" and form.markovian is None
+    if is_doubly:
+        learning = {name: x for name, x in drawn.items() if name not in reweighted}
+        learning, slack_node, slack = _weigh_cotangents(structure, slack_node, slack)(learning)
+        drawn = drawn | learning
+    drawn = particles_of(structure, drawn)
     chain = read_chain(structure, model, arguments, params | mutable | global_values)
     present = presence(chain)
-    log_q = proposal_log_densities(structure, guide, arguments, q_params | q_globals, guide_key, drawn, present)
+
+    def log_density(params, global_values, particles, names):
+        of_guide = params | global_values
+        return proposal_log_densities(structure, guide, arguments, of_guide, guide_key, particles, present, form, names)
+
+    fixed = lax.stop_gradient((params, global_values))
+    log_q = jnp.zeros(())
+    if reparameterised := tuple(name for name in structure.sites if name not in reweighted):
+        log_q = log_density(
+            *(fixed if is_doubly or gradient == "sticking" else (params, global_values)), drawn, reparameterised
+        )
+    if reweighted:
+        live = log_density(params, fixed[1], lax.stop_gradient(drawn), reweighted)
+        # Its value is that of the density, and its slope the opposite: the guide climbs log q where the weights are.
+        log_q = log_q + 2 * lax.stop_gradient(live) - live
     node, edges, mask = weigh(chain, drawn, log_q, present)
-    log_weight_globals = global_log_density(chain) - log_q_globals
-    mutable = mutable | mutable_state(chain)
-    return Lattice(drawn, node + slack_node, edges, mask, slack, global_values, log_weight_globals, mutable)
+    return Lattice(
+        chain=chain,
+        particles=drawn,
+        node=node + slack_node,
+        edges=edges,
+        mask=mask,
+        slack=slack,
+        globals=global_values,
+        log_weight_globals=global_log_density(chain) - log_q_globals,
+        mutable_state=mutable | mutable_state(chain),
+        refitted_by=form.refitted_by,
+    )
 
 
 def weigh(
@@ -122,165 +155,6 @@ def weigh(
     return node, edges, mask
 
 
-def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
-    """Log densities of the model at the particles.
-
-    :param chain: the chain.
-    :param particles: its particles.
-    :return: the part that reads one particle, shape ``(T + 1, *plates, K)``; the part that reads two, a block ``(*plates, K,
-        K)`` for each step.
-    """
-    structure = chain.structure
-    number = len(next(iter(particles.steps.values()))[0])
-    log_begin, first_state = jax.vmap(lambda x_0: begin(chain, x_0), out_axes=(-1, 0), axis_size=number)(particles.initial)
-
-    def node(inputs, state, latent):
-        now = step(chain, inputs, state, latent)
-        return now.node, now.state, now.output
-
-    nodes = jax.vmap(node, in_axes=(None, 0, 0), out_axes=(-1, 0, 0))
-    if structure.holding:
-        # A held state is that of an earlier step, so states come one after the other.
-        def advance(state, inputs_and_latent):
-            inputs, latent = inputs_and_latent
-            log_density, state, output = nodes(inputs, state, latent)
-            return state, (log_density, state, output)
-
-        _, (log_node, states, outputs) = lax.scan(advance, first_state, (chain.inputs, particles.steps))
-    else:
-        log_node, states, outputs = jax.vmap(nodes, in_axes=(0, None, 0))(chain.inputs, first_state, particles.steps)
-    log_p = jnp.concatenate([log_begin[None], log_node])
-    if structure.later_factors:
-        log_p = log_p + jax.vmap(lambda x_0, y: after_scan(chain, x_0, y), in_axes=(0, 1), out_axes=-1, axis_size=number)(
-            particles.initial, outputs
-        )
-
-    def edge(inputs):
-        inputs, before, latent = inputs
-        pair = lambda state, latent: step(chain, inputs, state, latent).edge
-        to_all = jax.vmap(pair, in_axes=(None, 0), out_axes=-1)
-        return jax.vmap(to_all, in_axes=(0, None), out_axes=-2)(before, latent)
-
-    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
-    return log_p, Edges(edge, (chain.inputs, before, particles.steps))
-
-
-def proposal_log_densities(
-    structure: Structure,
-    guide: Callable,
-    arguments: Arguments,
-    values: dict[str, Any],
-    rng_key: jax.Array,
-    particles: Particles,
-    present: dict[str, jax.Array] | None,
-) -> jax.Array:
-    """Log densities of the guide at the particles.
-
-    :param structure: the structure of the model's chain.
-    :param guide: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of its parameters, mutable state and global sites.
-    :param rng_key: random key.
-    :param particles: particles.
-    :param present: for each site of a step where it is not masked in the model; a masked site has no density, neither here nor
-        there.
-    :return: an array of shape ``(T + 1, *plates, K)``.
-    :raises ValueError: if the log density of a site has no time axis, or lacks a plate.
-    """
-
-    def one(initial, steps):
-        sites = log_densities(guide, arguments, values, rng_key, initial | steps)
-        at_start = [_by_series(sites[name], site, structure, 0) for name, site in structure.initial.items()]
-        at_steps = {name: _by_series(sites[name], site, structure, 1) for name, site in structure.step.items()}
-        if present is not None:
-            at_steps = {name: jnp.where(present[name], log_q, 0.0) for name, log_q in at_steps.items()}
-        at_steps = list(at_steps.values())
-        log_steps = sum(at_steps[1:], start=at_steps[0])
-        log_start = sum(at_start[1:], start=at_start[0]) if at_start else jnp.zeros_like(log_steps[0])
-        return jnp.concatenate([log_start[None], log_steps])
-
-    return jax.vmap(one, in_axes=(0, 1), out_axes=-1)(particles.initial, particles.steps)
-
-
-def check_guide(structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> None:
-    """Refuse a guide that does not fit the chain.
-
-    :param structure: the structure of the model's chain.
-    :param guide: a NumPyro program.
-    :param arguments: what it is called with.
-    :param params: values of its parameters.
-    :raises ValueError: naming the site that is missing, unknown, of a wrong shape, not independent over time, or not
-        reparameterisable.
-    """
-    found = []
-    jax.eval_shape(
-        lambda params, arguments: found.append(log_densities(guide, arguments, params, random.key(0), {})), params, arguments
-    )
-    (sites,) = found
-    expected = (*structure.sites, *structure.global_sites)
-    missing = [name for name in expected if name not in sites]
-    unknown = [name for name, site in sites.items() if name not in expected and not site["infer"].get("is_auxiliary")]
-    joint = [name for name, site in sites.items() if name not in expected and site["infer"].get("is_auxiliary")]
-    if missing:
-        raise ValueError(
-            f"The guide does not sample {missing}. It must sample every latent site of the model: {sorted(expected)}; the "
-            f"sites of the scan, {sorted(structure.step)}, with a leading time axis of {structure.length}."
-        )
-    if unknown:
-        raise ValueError(
-            f"The guide samples {unknown}, which the model does not have. Its latent sites are {sorted(expected)}. Rename "
-            "the site, or mark it with `infer={'is_auxiliary': True}`."
-        )
-    for name, latent in structure.sites.items():
-        steps = (structure.length,) if name in structure.step else ()
-        _check_guide_site(name, sites[name], latent, steps, joint)
-
-
-def _check_guide_site(name, site, latent, steps, joint):
-    fn, shape = site["fn"], tuple(site["fn"].shape())
-    base = fn
-    while isinstance(base, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        base = base.base_dist
-    if isinstance(base, dist.Delta):
-        raise ValueError(
-            f"The guide gives site '{name}' a `Delta` law"
-            + (f", a part of the joint draw {joint}" if joint else "")
-            + ". PVMC proposes particles independently at each time, so the guide needs a density for each time of its own: "
-            "use `AutoNormal`, or a guide that samples the site with a leading time axis."
-        )
-    if shape != (*steps, *latent.shape):
-        what = f"a leading time axis of {steps[0]} and then the shape of one step, {latent.shape}" if steps else "the shape"
-        raise ValueError(
-            f"The guide samples site '{name}' with shape {shape}, but the model needs {what}: {(*steps, *latent.shape)}."
-        )
-    if steps and len(fn.batch_shape) < 1:
-        raise ValueError(
-            f"The guide gives site '{name}' a joint law over time: time is part of its event shape {fn.event_shape}. PVMC "
-            "proposes particles independently at each time. Keep time as the first batch axis: use `.to_event` for the axes "
-            "of one step only."
-        )
-    if not fn.has_rsample:
-        raise ValueError(
-            f"The guide's law for site '{name}', {type(fn).__name__}, cannot be reparameterised. Use one with `has_rsample`."
-        )
-
-
-def _by_series(site, latent: Latent, structure, leading):
-    """Log density of a guide's site, summed over all axes but time and plates."""
-    log_density = log_prob(site)
-    for plate in structure.plates:
-        if log_density.ndim <= leading + len(latent.batch_shape) + plate.dim:
-            raise ValueError(
-                f"The guide's log density of site '{site['name']}' has shape {log_density.shape}, without an axis for plate "
-                f"'{plate.name}'. Use `.to_event` for the event axes of one step only."
-            )
-    # Batch axes that the guide counts as event axes are summed already.
-    missing = leading + len(latent.batch_shape) - log_density.ndim
-    plates = tuple(plate._replace(dim=plate.dim + missing) for plate in structure.plates)
-    log_density = jnp.broadcast_to(log_density, jnp.shape(site["value"])[: log_density.ndim])
-    return jax.vmap(lambda row: per_series(row, plates))(log_density) if leading else per_series(log_density, plates)
-
-
 def align(weights: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
     """Give weights the axes of a site.
 
@@ -293,31 +167,6 @@ def align(weights: jax.Array, latent: Latent, structure: Structure) -> jax.Array
     for plate in structure.plates:
         shape[len(latent.batch_shape) + plate.dim] = plate.size
     return weights.reshape(weights.shape[: weights.ndim - len(structure.plates)] + tuple(shape))
-
-
-def sites_to_draw(structure: Structure) -> list[Drawn]:
-    """The sites that have particles, and over which of their axes particles are independent: time and plates.
-
-    :param structure: the structure of the chain.
-    """
-    sites = []
-    for name, site in structure.sites.items():
-        time = int(name in structure.step)
-        plates = tuple(time + len(site.batch_shape) + plate.dim for plate in structure.plates)
-        sites.append(Drawn(name, time, (0,) * time + plates))
-    return sites
-
-
-def particles_of(structure: Structure, drawn: dict[str, jax.Array]) -> Particles:
-    """Sort draws by point.
-
-    :param structure: the structure of the chain.
-    :param drawn: ``{site: (K, ...)}``.
-    """
-    return Particles(
-        {name: drawn[name] for name in structure.initial},
-        {name: jnp.swapaxes(drawn[name], 0, 1) for name in structure.step},
-    )
 
 
 def _weigh_cotangents(structure, slack_node, slack):
@@ -340,12 +189,9 @@ def _weigh_cotangents(structure, slack_node, slack):
         particles, of_node, of_log_z = cotangents
         nonzero = of_log_z[..., None] != 0
         weights = jnp.where(nonzero, of_node / jnp.where(nonzero, of_log_z[..., None], 1.0), 0.0)
-        weights = jnp.moveaxis(weights, -1, 1)
-        scaled = Particles(
-            {n: x * align(weights[0], structure.initial[n], structure) for n, x in particles.initial.items()},
-            {n: x * align(weights[1:], structure.step[n], structure) for n, x in particles.steps.items()},
-        )
-        return (scaled,)
+        weights = jnp.moveaxis(weights, -1, 0)  # (K, T + 1, *plates)
+        own = {name: weights[:, 1:] if name in structure.step else weights[:, 0] for name in particles}
+        return ({name: x * align(own[name], structure.sites[name], structure) for name, x in particles.items()},)
 
     identity.defvjp(forward, backward)
     return identity

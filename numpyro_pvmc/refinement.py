@@ -12,16 +12,12 @@ from jax import lax, random
 
 from numpyro_pvmc.chain import Chain, presence
 from numpyro_pvmc.coordinates import Coordinates, Proposal, particle_coordinates, sample_sites
+from numpyro_pvmc.densities import Particles, particles_of
+from numpyro_pvmc.drawing import draw, sites_to_draw
 from numpyro_pvmc.moments import refit
-from numpyro_pvmc.potentials import (
-    Lattice,
-    Particles,
-    particles_of,
-    proposal_log_densities,
-    sites_to_draw,
-    weigh,
-)
-from numpyro_pvmc.program import Arguments, draw
+from numpyro_pvmc.potentials import Lattice, weigh
+from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.proposal import Form, proposal_log_densities
 from numpyro_pvmc.smoothing import Edges, marginals
 
 
@@ -46,7 +42,7 @@ def refine(
     :param rounds: how many.
     :param temper: the power to which transition densities are raised in the first round; it rises to 1, and stays there for
         the last quarter of the rounds. Less than 1 helps where transitions are tight against the width of the proposal.
-    :param particles: how particles are drawn; see :func:`numpyro_pvmc.program.draw`.
+    :param particles: how particles are drawn; see :func:`numpyro_pvmc.drawing.draw`.
     :param method: how trajectories are summed.
     :return: the refitted Gaussians.
     """
@@ -90,11 +86,11 @@ def propose_gaussian(
     drawn, _, _, _ = draw(guide, arguments, {}, rng_key, sites_to_draw(structure), num_particles, particles)
     drawn = particles_of(structure, drawn)
     present = presence(chain)
-    log_q = proposal_log_densities(structure, guide, arguments, {}, rng_key, drawn, present)
+    log_q = proposal_log_densities(structure, guide, arguments, {}, rng_key, drawn, present, Form(None, (), ()))
     node, edges, mask = weigh(chain, drawn, log_q, present)
     of_globals = {name: chain.values[name] for name in structure.global_sites}
     zero = jnp.zeros([plate.size for plate in structure.plates], node.dtype)
-    return Lattice(drawn, node, edges, mask, zero, of_globals, jnp.zeros((), node.dtype), {})
+    return Lattice(chain, drawn, node, edges, mask, zero, of_globals, jnp.zeros((), node.dtype), {})
 
 
 def sample_proposal(coordinates: Coordinates, proposal: Proposal, infer: dict[str, Any] | None = None) -> dict[str, jax.Array]:

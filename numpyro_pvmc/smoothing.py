@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
@@ -109,10 +110,57 @@ def marginals(
         return log_z.sum(), (log_z, alpha)
 
     weights, (log_z, alpha) = jax.grad(total, has_aux=True)(node)
-    # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
-    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
-    log_weights = hold(log_weights, mask)
-    return Marginals(log_z, _scaled(log_weights)[1], alpha)
+    return Marginals(log_z, _log_weights(weights, mask), alpha)
+
+
+def log_normalizer_and_weights(
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None = None,
+    method: str = "auto",
+) -> tuple[Float[Array, ""], Float[Array, "T *batch K"]]:
+    """The log normalizer, summed over chains, and the log smoothing weights, for the price of one gradient.
+
+    The gradient is computed along with the value and kept, so it is there when it is asked for; it cannot be differentiated
+    again, and the weights are constants.
+
+    :param node: potentials of the points.
+    :param edge: potentials of the transitions.
+    :param mask: which points are present.
+    :param method: as for :func:`log_normalizer`.
+    :return: sum of the log normalizers, log smoothing weights.
+    """
+    function, inputs = _lazy(edge)
+    one = jax.tree.map(lambda leaf: leaf[0], inputs)
+    function, constants = jax.closure_convert(function, one)
+
+    def total(node, inputs, constants):
+        edges = Edges(lambda inputs: function(inputs, *constants), inputs)
+        return log_normalizer(node, edges, mask, method).sum()
+
+    @jax.custom_vjp
+    def evaluate(arguments):
+        return forward(arguments)[0]
+
+    def forward(arguments):
+        value, gradient = jax.value_and_grad(total, (0, 1, 2), allow_int=True)(*arguments)
+        kept = [leaf for leaf in jax.tree.leaves(gradient) if leaf.dtype != jax.dtypes.float0]
+        return (value, gradient[0]), kept
+
+    def backward(kept, cotangents):
+        leaves, treedef = jax.tree.flatten((node, inputs, constants))
+        kept = iter(kept)
+        gradient = [
+            cotangents[0] * next(kept)
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+            else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+            for leaf in leaves
+        ]
+        return (jax.tree.unflatten(treedef, gradient),)
+
+    evaluate.defvjp(forward, backward)
+    value, weights = evaluate((node, inputs, constants))
+    return value, lax.stop_gradient(_log_weights(weights, mask))
 
 
 def pairwise_marginals(
@@ -204,6 +252,12 @@ def hold(x: Array, mask: Bool[Array, "T *batch"] | None) -> Array:
     numbers = jnp.arange(len(mask)).reshape((-1,) + (1,) * (mask.ndim - 1))
     latest = lax.cummax(jnp.where(mask, numbers, 0), axis=0)
     return jnp.take_along_axis(x, latest.reshape(latest.shape + (1,) * (x.ndim - latest.ndim)), 0)
+
+
+def _log_weights(weights, mask):
+    # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
+    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
+    return _scaled(hold(log_weights, mask))[1]
 
 
 def _is_associative(method, node):

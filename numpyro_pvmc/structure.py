@@ -141,7 +141,6 @@ def _analyse(model, arguments, values):
     found, outside = survey(model, arguments, values)
     chain = choose_chain(found)
     outside_latent = {name: site["value"] for name, site in outside.items() if is_latent(site)}
-    check_continuous({name: outside[name] for name in outside_latent})
     for other in found:
         if other.index != chain.index:
             check_continuous(other.latent)
@@ -155,6 +154,7 @@ def _analyse(model, arguments, values):
 
     outer = _outer_influence(model, arguments, values, chain, outside_latent)
     initial = _initial_sites(outer, is_clock)
+    check_continuous({name: outside[name] for name in outside_latent if name in outside and name not in initial})
     observed = [name for name, site in outside.items() if site["type"] == "sample" and site["is_observed"]]
     later = _later_sites(model, arguments, values, chain, outside_latent, reads, state)
     initial_factors = tuple(

@@ -182,7 +182,6 @@ def _check_form(chain):
                 f"The subsampled plate '{name}' is built inside the body of the scan, where it would draw new indices at "
                 "every step. Build it once, before the scan, and enter it in the body."
             )
-    check_continuous(chain.latent)
     for name, site in chain.latent.items():
         if _is_delta(site["fn"]):
             raise ValueError(
@@ -200,8 +199,8 @@ def check_continuous(latent: Sites) -> None:
     for name, site in latent.items():
         if site["fn"].support is not None and site["fn"].support.is_discrete:
             raise ValueError(
-                f"Latent site '{name}' is discrete ({type(site['fn']).__name__}), and this version handles continuous "
-                "latent sites only. Sum it out of the model, as with `dist.MixtureSameFamily`."
+                f"Latent site '{name}' is discrete ({type(site['fn']).__name__}), and outside the chain this version handles "
+                "continuous latent sites only. Sum it out of the model, as with `dist.MixtureSameFamily`."
             )
 
 

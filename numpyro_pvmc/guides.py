@@ -1,0 +1,242 @@
+"""A model in, a guide for its chain out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import random
+from jax.scipy.special import ndtri
+from numpyro.handlers import substitute
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import mutable
+
+from numpyro_pvmc.chain import Chain, read_chain, read_structure
+from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, to_coordinates
+from numpyro_pvmc.moments import Moments, dense, diagonal, spread
+from numpyro_pvmc.potentials import Lattice
+from numpyro_pvmc.program import Arguments, run
+from numpyro_pvmc.refinement import refitted, sample_proposal
+from numpyro_pvmc.structure import Structure
+
+COVARIANCES = ("diagonal", "full")
+
+_DRAWS = 128  # of the prior, for where to start
+
+
+class AutoSmoothedNormal(AutoGuide):
+    """A guide without parameters: one Gaussian for each time and series, refitted to the smoothed posterior.
+
+    In unconstrained space, each step of the chain has a Gaussian proposal, independent of the other steps. Its mean and
+    covariance are no parameters but mutable state (:func:`numpyro.mutable`): each evaluation of
+    :class:`numpyro_pvmc.ImportanceSmoothedELBO` moves them towards the mean and covariance of the weighted particles,
+    without gradients, while the optimiser moves the parameters of the model only. A few rounds do what takes a guide with
+    parameters thousands of steps. It fits one data set; for many of different lengths see
+    :class:`numpyro_pvmc.AutoAmortisedNormal`.
+
+    It samples the sites of the chain. Global sites need another guide, for instance in a
+    :class:`numpyro.infer.autoguide.AutoGuideList`.
+
+    :param model: a NumPyro program with a chain.
+    :param covariance: of the sites of one step and series: ``"diagonal"`` or ``"full"``.
+    :param prefix: begins the name of the mutable state.
+    :param init_loc_fn: where to start, one of NumPyro's initialisation strategies; by default the medians of draws of the
+        prior.
+    :param init_scale: standard deviations to start with, in unconstrained space; by default the spread of draws of the prior.
+    :param rate: largest share of the particles in one refit, between 0 and 1: less is steadier and slower.
+    :raises ValueError: for a covariance that does not exist, or a rate that is not between 0 and 1.
+
+    .. note:: Only :class:`numpyro_pvmc.ImportanceSmoothedELBO` refits; under another objective the guide stays as it is.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.contrib.control_flow import scan
+        >>> from numpyro_pvmc import PVMC, AutoSmoothedNormal
+        >>> def model(y):
+        ...     def step(x_prev, y_t):
+        ...         x = numpyro.sample("x", dist.Normal(x_prev, 0.3))
+        ...         numpyro.sample("y", dist.Poisson(jnp.exp(x)), obs=y_t)
+        ...         return x, None
+        ...     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
+        >>> y = jnp.array([0, 1, 0, 2, 3, 5, 4, 6, 3, 2])
+        >>> pvmc = PVMC(model, AutoSmoothedNormal(model), num_particles=64)
+        >>> result = pvmc.run(jax.random.key(0), 10, y, progress_bar=False)
+        >>> posterior = pvmc.posterior(jax.random.key(1), result.params, y)
+        >>> bool(posterior.effective_sample_size()["x"].min() > 40)
+        True
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        covariance: str = "diagonal",
+        prefix: str = "auto",
+        init_loc_fn: Callable | None = None,
+        init_scale: float | None = None,
+        rate: float = 0.5,
+    ):
+        if covariance not in COVARIANCES:
+            raise ValueError(f"`covariance` must be one of {COVARIANCES}, but got {covariance!r}.")
+        if not 0 < rate <= 1:
+            raise ValueError(f"`rate` must be above 0 and at most 1, but got {rate}.")
+        if init_scale is not None and not init_scale > 0:
+            raise ValueError(f"`init_scale` must be positive, but got {init_scale}.")
+        super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
+        self.covariance, self.init_scale, self.rate = covariance, init_scale, rate
+        self._names = {of: tuple(f"{prefix}_{of}_{part}" for part in Moments._fields) for of in Coordinates._fields}
+        self._structures: dict[Any, Structure] = {}
+        self._coordinates: Coordinates | None = None
+
+    def proposal(self, state: dict[str, Any]) -> Proposal:
+        """The Gaussians that a state holds.
+
+        :param state: mutable state, by name; may hold other things as well.
+        :return: Gaussians in the coordinates of the model.
+        """
+        initial, steps = ([state.get(name) for name in self._names[point]] for point in ("initial", "steps"))
+        return Proposal(None if initial[0] is None else Moments(*initial), Moments(*steps))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        arguments = Arguments(args, kwargs)
+        chain = read_chain(self._structure(arguments), self.model, arguments, {})
+        coordinates = coordinates_of_model(chain)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(_transforms(coordinates))):
+            self._coordinates = coordinates
+        names = [name for point in ("initial", "steps") if getattr(coordinates, point) for name in self._names[point]]
+        state = {name: mutable(name) for name in names}
+        if any(value is None for value in state.values()):
+            state = {name: mutable(name, value) for name, value in self.start(chain).items()}
+        self._check_shape(state[names[-1]], chain.structure)
+        return sample_proposal(coordinates, self.proposal(state), {"refitted_by": self})
+
+    def start(self, chain: Chain) -> dict[str, jax.Array]:
+        """The state before any data have been seen.
+
+        :param chain: the chain of the model, at the parameters to start from.
+        :return: mutable state, by name.
+        """
+        coordinates = coordinates_of_model(chain)
+
+        def prior(rng_key, strategy=None):
+            model = self.model if strategy is None else substitute(self.model, substitute_fn=strategy)
+            sites = run(model, chain.arguments, chain.values, rng_key)
+            values = {name: sites[name]["value"] for name in chain.structure.sites}
+            initial = to_coordinates(coordinates.initial, values)[None] if coordinates.initial else None
+            return Proposal(initial, to_coordinates(coordinates.steps, values))
+
+        draws = jax.vmap(prior)(random.split(random.key(0), _DRAWS))
+        proposal = Proposal(*(None if part is None else spread(part) for part in draws))
+        if self.init_loc_fn is not None:
+            place = prior(random.key(0), self.init_loc_fn)
+            proposal = Proposal(*(_replace(part, mean=mean) for part, mean in zip(proposal, place, strict=True)))
+        if self.init_scale is not None:
+            proposal = Proposal(*(_replace(part, factor=self.init_scale) for part in proposal))
+        kind = dense if self.covariance == "full" else diagonal
+        return self._state(Proposal(*(None if part is None else kind(part) for part in proposal)))
+
+    def refitted(self, lattice: Lattice, log_weights: jax.Array) -> dict[str, Any]:
+        """The state after an evaluation of the objective.
+
+        :param lattice: particles, potentials, state before.
+        :param log_weights: logs of the smoothing weights.
+        :return: mutable state, by name.
+        """
+        particles, log_weights = jax.lax.stop_gradient((lattice.particles, log_weights))
+        coordinates = coordinates_of_model(lattice.chain)
+        proposal = self.proposal(lattice.mutable_state)
+        return self._state(refitted(coordinates, proposal, particles, log_weights, lattice.mask, self.rate))
+
+    def sample_posterior(
+        self, rng_key: jax.Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
+    ) -> dict[str, jax.Array]:
+        """Draw from the proposal, which is independent over time; the posterior is that of :meth:`PVMC.sample_posterior`.
+
+        :param rng_key: random key.
+        :param params: parameters and mutable state.
+        :param sample_shape: how many to draw.
+        :return: ``{site: (*sample_shape, ...)}``.
+        """
+        keys = random.split(rng_key)
+
+        def one(key, moments):
+            noise = random.normal(key, (*sample_shape, *moments.mean.shape), moments.mean.dtype)
+            moved = (moments.factor @ noise[..., None])[..., 0] if moments.is_full else moments.factor * noise
+            return moments.mean + moved
+
+        return self._values([None if m is None else one(key, m) for key, m in zip(keys, self._proposal(params), strict=True)])
+
+    def median(self, params: dict[str, Any]) -> dict[str, jax.Array]:
+        """Medians of the proposal, site by site; those of the posterior are in :class:`numpyro_pvmc.SmoothedPosterior`.
+
+        :param params: parameters and mutable state.
+        """
+        return self._values([None if moments is None else moments.mean for moments in self._proposal(params)])
+
+    def quantiles(self, params: dict[str, Any], quantiles: list[float] | jax.Array) -> dict[str, jax.Array]:
+        """Quantiles of the proposal, element by element in unconstrained space.
+
+        :param params: parameters and mutable state.
+        :param quantiles: numbers between 0 and 1.
+        :return: ``{site: (len(quantiles), ...)}``.
+        """
+        levels = ndtri(jnp.asarray(quantiles))
+
+        def one(moments):
+            own = diagonal(moments)
+            return own.mean + own.factor * levels.reshape(levels.shape + (1,) * own.mean.ndim)
+
+        return self._values([None if moments is None else one(moments) for moments in self._proposal(params)])
+
+    def _structure(self, arguments):
+        leaves, treedef = jax.tree.flatten(arguments)
+        signature = treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        if signature not in self._structures:
+            self._structures[signature] = read_structure(self.model, arguments, {})
+        return self._structures[signature]
+
+    def _state(self, proposal):
+        parts = {of: part for of, part in zip(Proposal._fields, proposal, strict=True) if part is not None}
+        return {name: value for of, part in parts.items() for name, value in zip(self._names[of], part, strict=True)}
+
+    def _check_shape(self, factor, structure):
+        expected = (structure.length, *(plate.size for plate in structure.plates))
+        found = jnp.shape(factor)[: len(expected)]
+        if found != expected:
+            raise ValueError(
+                f"The guide's state has Gaussians for (steps, *series) of {found}, but these data have {expected}. A refitted "
+                f"guide belongs to one data set: leave {sorted(sum(self._names.values(), ()))} out of the parameters and "
+                "refit, `posterior(..., refine=10)`, or use an amortised guide."
+            )
+
+    def _proposal(self, params):
+        if self._names["steps"][0] not in params:
+            raise ValueError(
+                f"The parameters lack the guide's state {self._names['steps']}. `PVMC.run` returns it with them; after a stock "
+                "`SVI` pass `{**result.params, **result.state.mutable_state}`."
+            )
+        if self._coordinates is None:
+            raise ValueError("The guide has not seen its data yet: call `init` or `run` first.")
+        return self.proposal(params)
+
+    def _values(self, coordinates):
+        initial, steps = coordinates
+        values = {}
+        if initial is not None:
+            blocks = self._coordinates.initial
+            values = from_coordinates(blocks, jnp.squeeze(initial, -2 - len(blocks[0].plates)))
+        return values | from_coordinates(self._coordinates.steps, steps)
+
+
+def _transforms(coordinates):
+    return [block.transform for block in (*coordinates.initial, *coordinates.steps)]
+
+
+def _replace(moments: Moments | None, mean: Any = None, factor: Any = None) -> Moments | None:
+    if moments is None:
+        return None
+    mean = moments.mean if mean is None else mean
+    return Moments(mean, moments.factor if factor is None else jnp.full_like(moments.factor, factor))

@@ -1,0 +1,47 @@
+"""A number of steps in, the phases of a run that starts cold out."""
+
+import jax
+import jax.numpy as jnp
+
+_ROUNDS, _POWER = 15, 0.1  # of the warm-up of a refitted guide: how many at most, and the first power
+
+
+def growth(num_steps: int, num_particles: int) -> list[tuple[int, int]]:
+    """Numbers of particles, and of steps for each, of a run that starts cold.
+
+    :param num_steps: number of steps in all.
+    :param num_particles: K, the number of particles at each time step.
+    :return: pairs of a number of particles and a number of steps: a tenth of the steps with one particle, or 500 if that is
+        more and not above a third; a twentieth for each of the numbers growing fourfold; the rest with K.
+
+    .. doctest::
+
+        >>> from numpyro_pvmc.phases import growth
+        >>> growth(6000, 64)
+        [(1, 600), (4, 300), (16, 300), (64, 4800)]
+    """
+    numbers = [num_particles]
+    while numbers[0] > 1:
+        numbers.insert(0, max(numbers[0] // 4, 1))
+    alone = max(num_steps // 10, min(num_steps // 3, 500))  # in 500 steps of 0.01 to 0.02 the guide comes near the data
+    steps = [alone, *[num_steps // 20] * (len(numbers) - 2)][: len(numbers) - 1]
+    steps.append(num_steps - sum(steps))
+    return [(number, count) for number, count in zip(numbers, steps, strict=True) if count]
+
+
+def warm_up(num_steps: int) -> int:
+    """For how many steps of a run a refitted guide warms up, while the parameters of the model rest.
+
+    :param num_steps: number of steps in all.
+    :return: a third of them, and no more than 15.
+    """
+    return min(num_steps // 3, _ROUNDS)
+
+
+def warming_power(left: jax.Array, rounds: int) -> jax.Array:
+    """The power to which transition densities are raised in a step of the warm-up: it rises from 0.1 to 1.
+
+    :param left: how many of its steps are left; 0 or less when it is over.
+    :param rounds: how many there were.
+    """
+    return _POWER ** (jnp.maximum(left, 0) / max(rounds, 1))

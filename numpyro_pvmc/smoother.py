@@ -1,0 +1,145 @@
+"""A program, a guide, parameters and data in; the smoothed posterior out."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax, random
+
+from numpyro_pvmc.chain import read_chain, read_structure
+from numpyro_pvmc.coordinates import coordinates_of_model, read_proposal
+from numpyro_pvmc.drawing import draw, sites_to_draw
+from numpyro_pvmc.moments import diagonal
+from numpyro_pvmc.objectives import ImportanceSmoothedELBO
+from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
+from numpyro_pvmc.potentials import propose
+from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.proposal import check_guide
+from numpyro_pvmc.refinement import Proposal, propose_gaussian
+from numpyro_pvmc.refinement import refine as refine_proposal
+from numpyro_pvmc.structure import Structure
+
+
+def smooth(
+    rng_key: jax.Array,
+    model: Callable,
+    guide: Callable,
+    arguments: Arguments,
+    params: dict[str, Any],
+    loss: ImportanceSmoothedELBO,
+    refine: int = 0,
+    temper: float | jax.Array = 1.0,
+) -> SmoothedPosterior:
+    """Draw particles from the guide, refitted first if that is asked for, and weigh them.
+
+    :param rng_key: random key.
+    :param model: a NumPyro program.
+    :param guide: a NumPyro program that fits it.
+    :param arguments: what both are called with.
+    :param params: values of parameters and mutable state.
+    :param loss: says how many particles, how they are drawn and how trajectories are summed.
+    :param refine: number of rounds in which the guide's Gaussians are refitted.
+    :param temper: power of the transition densities in the first of them.
+    :return: the posterior, given one draw of the global sites.
+    :raises ValueError: if the guide does not fit the chain, or is to be refitted and is not Gaussian.
+    """
+    structure = read_structure(model, arguments, params)
+    params = _with_start(structure, model, guide, arguments, params)
+    if not refine:
+        lattice = propose(rng_key, structure, model, guide, arguments, params, loss.num_particles, particles=loss.particles)
+        return smoothed_posterior(lattice, structure, model, arguments, params, loss.method)
+    key_globals, key_rounds, key_last = random.split(rng_key, 3)
+    _, global_values, _, mutable = draw(guide, arguments, params, key_globals, sites_to_draw(structure), 1)
+    values = params | mutable | global_values
+    chain = read_chain(structure, model, arguments, values)
+    parts = check_guide(structure, guide, arguments, values).refitted_by
+    if parts:
+        coordinates, proposal = coordinates_of_model(chain), parts[0].proposal(values)
+    else:
+        coordinates, proposal = read_proposal(structure, guide, arguments, values)
+        # With fewer particles than three times its rows a covariance is mostly noise.
+        kept = [
+            moments if 3 * moments.mean.shape[-1] <= loss.num_particles else diagonal(moments) for moments in _parts(proposal)
+        ]
+        proposal = Proposal(*([None] * (2 - len(kept)) + kept))
+    proposal = refine_proposal(
+        key_rounds, chain, coordinates, proposal, loss.num_particles, refine, temper, loss.particles, loss.method
+    )
+    lattice = propose_gaussian(key_last, chain, coordinates, proposal, loss.num_particles, loss.particles)
+    return smoothed_posterior(lattice, structure, model, arguments, params, loss.method)
+
+
+def sample(
+    rng_key: jax.Array,
+    model: Callable,
+    guide: Callable,
+    arguments: Arguments,
+    params: dict[str, Any],
+    loss: ImportanceSmoothedELBO,
+    refine: int = 0,
+    temper: float | jax.Array = 1.0,
+    sample_shape: tuple[int, ...] = (),
+) -> dict[str, jax.Array]:
+    """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
+
+    The arguments are those of :func:`smooth`.
+
+    :param sample_shape: how many to draw.
+    :return: ``{site: (*sample_shape, ...)}``.
+    """
+
+    def one(rng_key, sample_shape=()):
+        posterior_key, sample_key = random.split(rng_key)
+        posterior = smooth(posterior_key, model, guide, arguments, params, loss, refine, temper)
+        return posterior.sample(sample_key, sample_shape)
+
+    if not read_structure(model, arguments, params).global_sites:
+        return one(rng_key, sample_shape)
+    samples = lax.map(one, random.split(rng_key, math.prod(sample_shape)))
+    return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
+
+
+def check_refinement(refine: int, temper: float | jax.Array) -> None:
+    """Refuse a number of rounds, or a power, that means nothing.
+
+    :param refine: number of rounds.
+    :param temper: power of the transition densities in the first of them.
+    :raises ValueError: naming what is wrong.
+    """
+    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
+        raise ValueError(f"`refine` must be a number of rounds, an integer of at least 0, but got {refine!r}.")
+    if not isinstance(temper, jax.core.Tracer) and not 0 < temper <= 1:
+        raise ValueError(f"`temper` must be above 0 and at most 1, but got {temper}.")
+    if not refine and not isinstance(temper, jax.core.Tracer) and temper != 1:
+        raise ValueError(f"`temper={temper}` tempers the rounds of `refine`, but there are none. Give `refine=` too.")
+
+
+def warn_of_collapse(posterior: SmoothedPosterior) -> None:
+    """Say so if a posterior rests on hardly any particles at some times.
+
+    :param posterior: a posterior after refinement, not traced.
+    """
+    for name, log_weights in posterior.log_weights.items():
+        number = log_weights.shape[int(name in posterior.structure.step)]
+        size = np.asarray(posterior.effective_sample_size()[name])
+        low = size < min(0.05 * number, number / 2)
+        if low.any():
+            times = np.argwhere(low)
+            where = f"first at time {times[0][0]}" if name in posterior.structure.step else "at the beginning"
+            warnings.warn(
+                f"After refinement the effective sample size of site '{name}' is below {0.05 * number:.1f} of {number} in "
+                f"{100 * low.mean():.2g}% of its steps and series, {where} (least {np.nanmin(size):.1f}): do not trust these. "
+                "More rounds (`refine`), more particles, or a gentler start (`temper=0.02`) may help; a transition with "
+                "very little noise needs many particles.",
+                stacklevel=3,
+            )
+
+
+def _with_start(structure: Structure, model, guide, arguments, params):
+    """Parameters, with a refitted guide's state where they lack it: the model's prior at these very parameters."""
+    for part in check_guide(structure, guide, arguments, params).refitted_by:
+        params = part.start(read_chain(structure, model, arguments, params)) | params
+    return params
