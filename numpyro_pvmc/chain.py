@@ -6,7 +6,8 @@ reads the particle after only (*node*), the new state and the outputs. A determi
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,8 @@ class Chain(NamedTuple):
     """A program read at given parameters and global sites.
 
     `inputs` is what a step reads beside the states: time index, inputs of the scan, clock leaves of the carry; all with a
-    leading time axis. `outside` holds the sites outside the scan.
+    leading time axis. `outside` holds the sites outside the scan. `gradient_scale` has what the gradient of the log density
+    of a site is multiplied by, where that is not 1.
     """
 
     structure: Structure
@@ -34,6 +36,7 @@ class Chain(NamedTuple):
     scan: Scan
     outside: Sites
     inputs: Any
+    gradient_scale: dict[str, Any]
 
 
 class Step(NamedTuple):
@@ -60,13 +63,20 @@ def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]
     return structure
 
 
-def read_chain(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> Chain:
+def read_chain(
+    structure: Structure,
+    model: Callable,
+    arguments: Arguments,
+    values: dict[str, Any],
+    gradient_scale: Mapping[str, Any] = MappingProxyType({}),
+) -> Chain:
     """Read the chain of a program at given values.
 
     :param structure: the structure of the program's chain.
     :param model: a NumPyro program.
     :param arguments: what it is called with.
     :param values: values of parameters and of global sites.
+    :param gradient_scale: what the gradient of a site's log density is multiplied by, by name.
     :return: the chain.
     """
     # Nothing here reads the chain's latent sites, so they may be drawn, from their own laws: a constant might lie outside.
@@ -83,7 +93,8 @@ def read_chain(structure: Structure, model: Callable, arguments: Arguments, valu
         return [n.astype(c.dtype) for n, c in zip(new, clocks, strict=True)], clocks
 
     clock_inputs = lax.scan(tick, clocks, (times, scan.xs))[1] if clocks else []
-    return Chain(structure, model, arguments, values, scan, outside, (times, scan.xs, clock_inputs))
+    inputs = times, scan.xs, clock_inputs
+    return Chain(structure, model, arguments, values, scan, outside, inputs, dict(gradient_scale))
 
 
 def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
@@ -97,7 +108,7 @@ def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[
     structure = chain.structure
     scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, structure.scan_index)
     state, _ = _split(structure, scan.init)
-    return _total(sites, (*structure.initial, *structure.initial_factors), structure.plates), state
+    return _total(chain, sites, (*structure.initial, *structure.initial_factors)), state
 
 
 def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, jax.Array]) -> Step:
@@ -114,8 +125,8 @@ def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, ja
     carry, output, sites = _run_step(chain, inputs, state, latent)
     new_state, _ = _split(structure, carry)
     new_state = [new.astype(old.dtype) for new, old in zip(new_state, state, strict=True)]
-    edge = _total(sites, structure.edge_factors, structure.plates)
-    node = _total(sites, structure.node_factors, structure.plates)
+    edge = _total(chain, sites, structure.edge_factors)
+    node = _total(chain, sites, structure.node_factors)
     return Step(edge, node, new_state, output)
 
 
@@ -148,6 +159,7 @@ def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax
     total = jnp.zeros([structure.length + 1, *(plate.size for plate in structure.plates)])
     for name in structure.later_factors:
         rows = time_rows(sites[name], structure.length, structure.plates)
+        rows = _scaled(chain, name, rows)
         total = total.at[structure.length + 1 - len(rows) :].add(rows)
     return total
 
@@ -158,7 +170,7 @@ def global_log_density(chain: Chain) -> jax.Array:
     :param chain: the chain.
     """
     names = (*chain.structure.global_sites, *chain.structure.global_factors)
-    return sum((log_prob(chain.outside[name]).sum() for name in names), start=jnp.zeros(()))
+    return sum((_scaled(chain, name, log_prob(chain.outside[name])).sum() for name in names), start=jnp.zeros(()))
 
 
 def supports(chain: Chain) -> dict[str, Any]:
@@ -278,9 +290,26 @@ def _run_step(chain, inputs, state, latent):
     return run_body(chain.scan, t, carry, x, latent, chain.structure.length)
 
 
-def _total(sites, names, plates):
-    densities = [per_series(log_prob(sites[name]), plates) for name in names]
+def _total(chain, sites, names):
+    plates = chain.structure.plates
+    densities = [per_series(_scaled(chain, name, log_prob(sites[name])), plates) for name in names]
     return sum(densities[1:], start=densities[0]) if densities else jnp.zeros([plate.size for plate in plates])
+
+
+def _scaled(chain, name, log_density):
+    return _scale_gradient(log_density, chain.gradient_scale[name]) if name in chain.gradient_scale else log_density
+
+
+@jax.custom_jvp
+def _scale_gradient(x, scale):
+    """x, with a gradient that is multiplied by `scale`."""
+    return x
+
+
+@_scale_gradient.defjvp
+def _(primals, tangents):
+    x, scale = primals
+    return x, (scale * tangents[0]).astype(x.dtype)
 
 
 def _split(structure, carry):

@@ -343,10 +343,17 @@ class PVMC(SVI):
 
     def _update(self, state, arguments, stable):
         update = SVI.stable_update if stable else SVI.update
-        return update(self, state, *arguments.args, **arguments.kwargs)
+        return update(self._at(state), state, *arguments.args, **arguments.kwargs)
 
     def _evaluate(self, state, arguments):
-        return SVI.evaluate(self, state, *arguments.args, **arguments.kwargs)
+        return SVI.evaluate(self._at(state), state, *arguments.args, **arguments.kwargs)
+
+    def _at(self, state):
+        own = copy.copy(self)
+        if isinstance(self.loss, ImportanceSmoothedELBO):
+            number_of_updates, _ = state.optim_state
+            own.loss = self.loss.at_update(number_of_updates)
+        return own
 
     def _updates(self, state, arguments, count, left, num_particles, frozen, rounds, stable):
         own = copy.copy(self)

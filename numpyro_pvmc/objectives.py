@@ -1,7 +1,7 @@
 """A model and a guide in, a loss out."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,9 @@ class ImportanceSmoothedELBO(ELBO):
     :param particles: ``"rqmc"``, draws of a step that are evenly spread, which keeps the estimate unbiased and makes it several
         times more accurate (:mod:`numpyro_pvmc.quasirandom`); where the guide's law has no quantile function they are
         independent, and a warning says so. ``"iid"``, independent draws.
+    :param gradient_scale: ``{site: number or schedule}``: what the gradient of the log density of a site of the model is
+        multiplied by, its value unchanged; for instance less than 1 for the transition at the beginning of training. A
+        schedule is a function of the number of the update, as Optax has them, and needs :class:`numpyro_pvmc.PVMC`.
     :raises ValueError: for a choice that does not exist.
 
     **References**
@@ -66,7 +69,13 @@ class ImportanceSmoothedELBO(ELBO):
     can_infer_discrete = True  # those that the guide samples
 
     def __init__(
-        self, num_particles: int = 32, *, gradient: str = "doubly_reparam", method: str = "auto", particles: str = "rqmc"
+        self,
+        num_particles: int = 32,
+        *,
+        gradient: str = "doubly_reparam",
+        method: str = "auto",
+        particles: str = "rqmc",
+        gradient_scale: Mapping[str, float | Callable] | None = None,
     ):
         # To `ELBO` the number of particles is that of independent bounds to average.
         super().__init__(num_particles=1)
@@ -82,6 +91,8 @@ class ImportanceSmoothedELBO(ELBO):
         self.particles = particles
         self.frozen = ()
         self.warming = None
+        self.gradient_scale = dict(gradient_scale or {})
+        self.update_number = None
 
     def with_num_particles(self, num_particles: int, frozen: tuple[str, ...] = ()) -> "ImportanceSmoothedELBO":
         """The same objective with another number of particles.
@@ -101,6 +112,15 @@ class ImportanceSmoothedELBO(ELBO):
         """
         loss = copy.copy(self)
         loss.warming = power, resting
+        return loss
+
+    def at_update(self, number: jax.Array) -> "ImportanceSmoothedELBO":
+        """The objective of one update.
+
+        :param number: how many updates came before.
+        """
+        loss = copy.copy(self)
+        loss.update_number = number
         return loss
 
     def loss_with_mutable_state(
@@ -128,10 +148,7 @@ class ImportanceSmoothedELBO(ELBO):
         if self.warming is not None:
             power, resting = self.warming
             param_map = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), param_map)
-        structure = read_structure(model, arguments, param_map)
-        lattice = propose(
-            rng_key, structure, model, guide, arguments, param_map, self.num_particles, self.gradient, self.particles
-        )
+        lattice = self._lattice(rng_key, param_map, model, guide, arguments)
         edges, mutable = lattice.edges, lattice.mutable_state
         if self.warming is not None:
             edges = tempered(edges, power)
@@ -143,3 +160,33 @@ class ImportanceSmoothedELBO(ELBO):
             log_z = log_normalizer(lattice.node, edges, lattice.mask, self.method).sum()
         bound = log_z + lattice.slack.sum() + lattice.log_weight_globals
         return {"loss": -bound, "mutable_state": mutable or None}
+
+    def _lattice(self, rng_key, params, model, guide, arguments):
+        structure = read_structure(model, arguments, params)
+        return propose(
+            rng_key,
+            structure,
+            model,
+            guide,
+            arguments,
+            params,
+            self.num_particles,
+            self.gradient,
+            self.particles,
+            self._gradient_scale(structure),
+        )
+
+    def _gradient_scale(self, structure):
+        if unknown := sorted(set(self.gradient_scale) - set(structure.factors)):
+            raise ValueError(
+                f"`gradient_scale` names {unknown}, which are no sites of the model: it has {sorted(structure.factors)}."
+            )
+        if self.update_number is None and any(map(callable, self.gradient_scale.values())):
+            raise ValueError(
+                "A schedule in `gradient_scale` needs the number of the update, which `PVMC` tells the loss and a stock `SVI` "
+                "does not. Use `PVMC(..., loss=...)`, or a number."
+            )
+        return {
+            name: jnp.asarray(scale(self.update_number) if callable(scale) else scale)
+            for name, scale in self.gradient_scale.items()
+        }

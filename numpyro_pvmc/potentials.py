@@ -13,7 +13,8 @@ start is a point of K equal particles, each of weight 1 / K.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +62,7 @@ def propose(
     num_particles: int,
     gradient: str = "reparam",
     particles: str = "iid",
+    gradient_scale: Mapping[str, Any] = MappingProxyType({}),
 ) -> Lattice:
     """Draw particles from the guide, and weigh them.
 
@@ -77,6 +79,7 @@ def propose(
         smoothed particles, which needs no gradient of draws. Sites without such gradients get this one in any case; a
         Markovian guide gets ``"reparam"`` in place of ``"doubly_reparam"``.
     :param particles: ``"iid"`` or ``"rqmc"``; see :func:`numpyro_pvmc.drawing.draw`.
+    :param gradient_scale: what the gradient of the log density of a site of the model is multiplied by, by name.
     :return: particles and potentials.
     :raises ValueError: if the guide does not fit the chain.
     """
@@ -104,7 +107,7 @@ def propose(
         learning, slack_node, slack = _weigh_cotangents(structure, slack_node, slack)(learning)
         drawn = drawn | learning
     drawn = particles_of(structure, drawn)
-    chain = read_chain(structure, model, arguments, params | mutable | global_values)
+    chain = read_chain(structure, model, arguments, params | mutable | global_values, gradient_scale)
     present = presence(chain)
 
     def log_density(params, global_values, particles, names):

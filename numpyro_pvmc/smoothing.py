@@ -69,6 +69,7 @@ def log_normalizer(
         >>> float(jnp.exp(log_normalizer(jnp.zeros((4, 3)), jnp.zeros((3, 3, 3))))).__round__(3)      # 3^4 trajectories
         81.0
     """
+    node = _at_least_single(node)
     if _is_associative(method, node):
         return logsumexp(node[0] + logsumexp(_product(node, edge, mask), -1), -1)
     log_z, _ = _forward(node, edge, mask)
@@ -109,6 +110,7 @@ def marginals(
             log_z = log_normalizer(node, edge, mask, method)
         return log_z.sum(), (log_z, alpha)
 
+    node = _at_least_single(node)
     weights, (log_z, alpha) = jax.grad(total, has_aux=True)(node)
     return Marginals(log_z, _log_weights(weights, mask), alpha)
 
@@ -130,6 +132,7 @@ def log_normalizer_and_weights(
     :param method: as for :func:`log_normalizer`.
     :return: sum of the log normalizers, log smoothing weights.
     """
+    node = _at_least_single(node)
     function, inputs = _lazy(edge)
     one = jax.tree.map(lambda leaf: leaf[0], inputs)
     function, constants = jax.closure_convert(function, one)
@@ -196,7 +199,7 @@ def sample_trajectories(
     :param sample_shape: how many to draw.
     :return: numbers of particles, shape ``(*sample_shape, T, *batch)``.
     """
-    _, alpha = _forward(node, edge, mask)
+    _, alpha = _forward(_at_least_single(node), edge, mask)
     return sample_backward(rng_key, alpha, edge, mask, sample_shape)
 
 
@@ -254,6 +257,11 @@ def hold(x: Array, mask: Bool[Array, "T *batch"] | None) -> Array:
     return jnp.take_along_axis(x, latest.reshape(latest.shape + (1,) * (x.ndim - latest.ndim)), 0)
 
 
+def _at_least_single(node):
+    """Potentials in half precision are summed in single: alpha carries the sum of all before."""
+    return node.astype(jnp.promote_types(node.dtype, jnp.float32))
+
+
 def _log_weights(weights, mask):
     # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
     log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
@@ -274,7 +282,7 @@ def _forward(node, edge, mask):
     def step(carry, inputs):
         log_z, alpha = carry
         node, present, edge_inputs = inputs
-        edge = function(edge_inputs)
+        edge = function(edge_inputs).astype(node.dtype)
         if mask is not None:
             # What stands in padding may be nan, and nan times a cotangent of zero is nan.
             node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
@@ -303,7 +311,7 @@ def _scaled(alpha):
 def _product(node, edge, mask):
     """Product of the matrices that take alpha from the first point to the last."""
     function, inputs = _lazy(edge)
-    matrices = jax.vmap(function)(inputs) + node[1:, ..., None, :]
+    matrices = jax.vmap(function)(inputs).astype(node.dtype) + node[1:, ..., None, :]
     identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), jnp.zeros((), node.dtype), -jnp.inf)
     if mask is not None:
         matrices = jnp.where(mask[1:, ..., None, None], matrices, identity)

@@ -71,6 +71,12 @@ class Structure(NamedTuple):
         return {site.name: site for site in self.step_sites}
 
     @property
+    def factors(self) -> tuple[str, ...]:
+        """Names of all sites that have a log density."""
+        own = self.edge_factors + self.node_factors + self.initial_factors + self.later_factors
+        return (*self.initial, *own, *self.global_sites, *self.global_factors)
+
+    @property
     def sites(self) -> dict[str, Latent]:
         """Latent sites of the chain: the initial ones, then those of a step."""
         return {**self.initial, **self.step}
