@@ -1,5 +1,6 @@
 """A model and a guide in, a loss out."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -81,8 +82,8 @@ class ImportanceSmoothedELBO(ELBO):
         :param num_particles: K, the number of particles at each time step.
         :param frozen: parameters that get no gradient from it.
         """
-        loss = ImportanceSmoothedELBO(num_particles, gradient=self.gradient, method=self.method, particles=self.particles)
-        loss.frozen = frozen
+        loss = copy.copy(self)
+        loss.num_particles, loss.frozen = num_particles, frozen
         return loss
 
     def loss_with_mutable_state(
@@ -105,9 +106,13 @@ class ImportanceSmoothedELBO(ELBO):
         :return: ``{"loss": ..., "mutable_state": ...}``.
         :raises ValueError: if the program has no Markov chain that can be read, or the guide does not fit it.
         """
-        arguments = Arguments(args, kwargs)
-        param_map = param_map | {name: lax.stop_gradient(param_map[name]) for name in self.frozen}
-        structure = read_structure(model, arguments, param_map)
-        lattice = propose(rng_key, structure, model, guide, arguments, param_map, self.num_particles, self.gradient)
+        _, lattice = self._lattice(rng_key, param_map, model, guide, Arguments(args, kwargs))
         log_z = log_normalizer(lattice.node, lattice.edges, lattice.mask, self.method) + lattice.slack
         return {"loss": -(log_z.sum() + lattice.log_weight_globals), "mutable_state": lattice.mutable_state or None}
+
+    def _lattice(self, rng_key, params, model, guide, arguments):
+        """The structure of the chain, and particles on it."""
+        params = params | {name: lax.stop_gradient(params[name]) for name in self.frozen}
+        structure = read_structure(model, arguments, params)
+        lattice = propose(rng_key, structure, model, guide, arguments, params, self.num_particles, self.gradient)
+        return structure, lattice

@@ -175,8 +175,8 @@ def smoothed_posterior(
         at_start = dict.fromkeys(structure.initial, log_weights[0])
         return at_start | dict.fromkeys(structure.step, log_weights[1:])
 
-    particles = {n: _tidy(x, structure.initial[n], structure) for n, x in lattice.particles.initial.items()}
-    particles |= {n: _tidy(x, structure.step[n], structure) for n, x in lattice.particles.steps.items()}
+    particles = {n: tidy(x, structure.initial[n], structure) for n, x in lattice.particles.initial.items()}
+    particles |= {n: tidy(x, structure.step[n], structure) for n, x in lattice.particles.steps.items()}
     return SmoothedPosterior(
         log_normalizer=weighed.log_normalizer,
         particles=particles,
@@ -247,8 +247,14 @@ def _axes(latent: Latent, structure: Structure):
     return plates + others + list(range(border, len(latent.shape)))
 
 
-def _tidy(x, latent, structure):
-    """Plates first, no singleton batch axes."""
+def tidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
+    """Move plates to the front of a site's axes, and drop batch axes of one element that are no plate.
+
+    :param x: an array whose trailing axes are those that the model gives the site.
+    :param latent: a site of the chain.
+    :param structure: the structure of the chain.
+    :return: an array of shape ``(..., *plates, *event)``; batch axes that are no plate count as event axes.
+    """
     axes, leading = _axes(latent, structure), x.ndim - len(latent.shape)
     singletons = [leading + axis for axis in range(len(latent.shape)) if axis not in axes]
     order = [*range(leading), *(leading + axis for axis in axes), *singletons]
