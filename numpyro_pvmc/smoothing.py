@@ -102,16 +102,15 @@ def marginals(
     :return: log normalizer, log smoothing weights, log filtering weights.
     """
 
-    def total(node):
+    if _is_associative(method, node):
+        log_z = log_normalizer(node, edge, mask, method)
+        weights = jax.grad(lambda node: log_normalizer(node, edge, mask, method).sum())(node)
+        # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
+        log_weights = hold(jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf), mask)
+        _, alpha = _forward(node, edge, mask)
+    else:
         log_z, alpha = _forward(node, edge, mask)
-        if _is_associative(method, node):
-            log_z = log_normalizer(node, edge, mask, method)
-        return log_z.sum(), (log_z, alpha)
-
-    weights, (log_z, alpha) = jax.grad(total, has_aux=True)(node)
-    # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
-    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
-    log_weights = hold(log_weights, mask)
+        log_weights = alpha + _backward(node, edge, mask)
     return Marginals(log_z, _scaled(log_weights)[1], alpha)
 
 
@@ -234,6 +233,30 @@ def _forward(node, edge, mask):
     # A chain that ends without mass has no weights, whatever the points before the end had.
     log_z = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z)
     return log_z, jnp.concatenate([start[1][None], rest])
+
+
+def _backward(node, edge, mask):
+    """The log of the total weight of all ends of trajectories from each particle on, up to a constant of each point.
+
+    With alpha, the gradient of the log normalizer in closed form: a loss on the weights, differentiated through `jax.grad`,
+    would keep all S blocks of K x K, checkpointed or not.
+    """
+    function, inputs = _lazy(edge)
+    present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
+
+    @jax.checkpoint
+    def step(beta, inputs):
+        node, present, edge_inputs = inputs
+        edge = function(edge_inputs)
+        if mask is not None:
+            node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
+        _, moved = _scaled(logsumexp(edge + (node + beta)[..., None, :], -1))
+        beta = jnp.where(present[..., None], moved, beta)
+        return beta, beta
+
+    last = jnp.zeros_like(node[0])
+    _, rest = lax.scan(step, last, (node[1:], present[1:], inputs), reverse=True)
+    return jnp.concatenate([rest, last[None]])
 
 
 def _scaled(alpha):
