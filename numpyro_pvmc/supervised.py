@@ -218,7 +218,8 @@ class SupervisedELBO(ImportanceSmoothedELBO):
 def _check_truth(truth, structure):
     """True states as arrays in the shapes of the model."""
     if not isinstance(truth, Mapping):
-        raise TypeError(f"`truth` must return {{site: array}}, but it returned {type(truth).__name__}.")
+        what = "an array" if isinstance(truth, jax.Array) else type(truth).__name__
+        raise TypeError(f"`truth` must return {{site: array}}, but it returned {what}. Name the site: `{{'x': states}}`.")
     unknown = [name for name in truth if name not in structure.sites]
     if unknown or not truth:
         raise ValueError(
