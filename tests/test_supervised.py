@@ -379,7 +379,7 @@ def test_a_bandwidth_that_is_not_positive_is_refused(bandwidth):
             lambda y, x: x,
             squared_error,
             TypeError,
-            r"`truth` must return {site: array}, but it returned an array. Name the site",
+            r"`truth` must return {site: array}, but it returned an array. Name",
         ),
         (lambda y, x: {}, squared_error, ValueError, r"`truth` returned no site, .* which are \['x', 'x_0'\]"),
         (lambda y, x: {"z": x}, squared_error, ValueError, r"returned \['z'\], .* which are \['x', 'x_0'\]. A site of which"),
