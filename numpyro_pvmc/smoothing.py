@@ -6,7 +6,8 @@ of all K^T trajectories, by the recursion
 
     alpha[t + 1, k] = node[t + 1, k] + logsumexp_j(alpha[t, j] + edge[t, j, k])
 
-and everything else is its gradient: smoothing weights with respect to `node`, pairwise weights with respect to `edge`.
+and everything else is its gradient: smoothing weights with respect to `node`, pairwise weights with respect to `edge`. (The
+former have a recursion in closed form too, for losses on them.)
 An absent point (`mask` false: padding) holds alpha.
 
 Shapes: T points, S = T - 1 transitions, K particles; `edge[t, i, j]` goes from particle i at t to particle j at t + 1.

@@ -98,6 +98,9 @@ class SupervisedELBO(ImportanceSmoothedELBO):
     several sites are known at one time their errors add up. A series of which nothing is known has the error 0. With the
     squared error this is the loss of the prey-predator experiment of the PVMC paper, ``-bound / 257 + squared error``.
 
+    Give it a guide that reads the data. One with free means for each series and time, such as ``AutoNormal``, would move
+    them onto the known states and learn nothing for other series.
+
     Ask for the posterior of data without known states as always: neither the guide nor the weights read the truth.
 
     :param truth: a function of the arguments of the model that returns ``{site: array}`` for some latent sites of the chain, in
