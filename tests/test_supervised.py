@@ -258,6 +258,11 @@ def test_unknown_elements_are_left_out_of_the_shipped_errors():
     assert_allclose(both(weights, particles, jnp.array([NAN, 1.0])), one(weights, particles[:, 1], jnp.array(1.0)), rtol=1e-6)
 
 
+def test_a_particle_without_weight_has_a_finite_slope():
+    slope = jax.grad(kernel_log_density(0.5))(jnp.array([0.0, 1.0]), jnp.array([0.0, 1.0]), jnp.array(0.5))
+    assert np.isfinite(slope).all()
+
+
 class Counted:
     """The states, and how often they were asked for."""
 
