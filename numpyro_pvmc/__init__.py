@@ -5,7 +5,8 @@ from numpyro_pvmc.infer import PVMC
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import markov
+from numpyro_pvmc.supervised import SupervisedELBO
 
 __version__ = "0.1.0"
 
-__all__ = ["PVMC", "AutoSmoothedNormal", "ImportanceSmoothedELBO", "SmoothedPosterior", "markov"]
+__all__ = ["PVMC", "AutoSmoothedNormal", "ImportanceSmoothedELBO", "SmoothedPosterior", "SupervisedELBO", "markov"]

@@ -21,6 +21,7 @@ from numpyro_pvmc.program import Arguments, parameter_names
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.smoother import check_refinement, sample, smooth, warn_of_collapse
 from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.supervised import SupervisedELBO
 
 _CHUNK = 100  # updates in one compiled call, between two looks at the progress bar
 
@@ -409,4 +410,6 @@ def _is_traced(tree):
 
 def _report(loss, num_particles, losses):
     number = getattr(loss, "num_particles", None) if num_particles is None else num_particles
-    return f"bound: {-float(jnp.nanmean(losses)):.4f}, K = {number}"
+    mean = float(jnp.nanmean(losses))
+    what = f"loss: {mean:.4f}" if isinstance(loss, SupervisedELBO) else f"bound: {-mean:.4f}"
+    return f"{what}, K = {number}"

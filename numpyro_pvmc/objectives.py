@@ -10,7 +10,7 @@ from jax import lax
 from numpyro.infer import ELBO
 
 from numpyro_pvmc.chain import read_structure
-from numpyro_pvmc.potentials import GRADIENTS, propose
+from numpyro_pvmc.potentials import GRADIENTS, Lattice, propose
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.quasirandom import check_particles
 from numpyro_pvmc.refinement import tempered
@@ -143,27 +143,22 @@ class ImportanceSmoothedELBO(ELBO):
         :return: ``{"loss": ..., "mutable_state": ...}``.
         :raises ValueError: if the program has no Markov chain that can be read, or the guide does not fit it.
         """
-        arguments = Arguments(args, kwargs)
-        param_map = param_map | {name: lax.stop_gradient(param_map[name]) for name in self.frozen}
-        if self.warming is not None:
-            power, resting = self.warming
-            param_map = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), param_map)
-        lattice = self._lattice(rng_key, param_map, model, guide, arguments)
-        edges, mutable = lattice.edges, lattice.mutable_state
-        if self.warming is not None:
-            edges = tempered(edges, power)
+        _, lattice = self._lattice(rng_key, param_map, model, guide, Arguments(args, kwargs))
         if lattice.refitted_by:
-            log_z, log_weights = log_normalizer_and_weights(lattice.node, edges, lattice.mask, self.method)
-            for guide_part in lattice.refitted_by:
-                mutable = mutable | guide_part.refitted(lattice, log_weights)
+            log_z, log_weights = log_normalizer_and_weights(lattice.node, lattice.edges, lattice.mask, self.method)
         else:
-            log_z = log_normalizer(lattice.node, edges, lattice.mask, self.method).sum()
+            log_z, log_weights = log_normalizer(lattice.node, lattice.edges, lattice.mask, self.method).sum(), None
         bound = log_z + lattice.slack.sum() + lattice.log_weight_globals
-        return {"loss": -bound, "mutable_state": mutable or None}
+        return {"loss": -bound, "mutable_state": refitted_state(lattice, log_weights) or None}
 
     def _lattice(self, rng_key, params, model, guide, arguments):
+        """The structure of the chain, and particles on it."""
+        params = params | {name: lax.stop_gradient(params[name]) for name in self.frozen}
+        if self.warming is not None:
+            power, resting = self.warming
+            params = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), params)
         structure = read_structure(model, arguments, params)
-        return propose(
+        lattice = propose(
             rng_key,
             structure,
             model,
@@ -175,6 +170,9 @@ class ImportanceSmoothedELBO(ELBO):
             self.particles,
             self._gradient_scale(structure),
         )
+        if self.warming is not None:
+            lattice = lattice._replace(edges=tempered(lattice.edges, power))
+        return structure, lattice
 
     def _gradient_scale(self, structure):
         if unknown := sorted(set(self.gradient_scale) - set(structure.factors)):
@@ -190,3 +188,15 @@ class ImportanceSmoothedELBO(ELBO):
             name: jnp.asarray(scale(self.update_number) if callable(scale) else scale)
             for name, scale in self.gradient_scale.items()
         }
+
+
+def refitted_state(lattice: Lattice, log_weights: jax.Array | None) -> dict[str, Any]:
+    """Mutable state after an evaluation, that of refitted guides among it.
+
+    :param lattice: particles, potentials, mutable state before.
+    :param log_weights: logs of the smoothing weights, shape ``(T + 1, *plates, K)``, if a guide is to be refitted.
+    """
+    state = lattice.mutable_state
+    for guide in lattice.refitted_by:
+        state = state | guide.refitted(lattice, lax.stop_gradient(log_weights))
+    return state

@@ -14,7 +14,7 @@ from numpyro_pvmc.chain import read_chain
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.program import Arguments, run
-from numpyro_pvmc.smoothing import marginals, sample_backward
+from numpyro_pvmc.smoothing import Marginals, sample_backward
 from numpyro_pvmc.structure import Latent, Structure
 
 
@@ -157,27 +157,26 @@ class SmoothedPosterior:
 
 
 def smoothed_posterior(
-    lattice: Lattice, structure: Structure, model: Callable, arguments: Arguments, params: dict[str, Any], method: str
+    lattice: Lattice, weighed: Marginals, structure: Structure, model: Callable, arguments: Arguments, params: dict[str, Any]
 ) -> SmoothedPosterior:
     """Weigh the particles of a lattice.
 
     :param lattice: particles and potentials.
+    :param weighed: the marginals of its potentials.
     :param structure: the structure of the model's chain.
     :param model: a NumPyro program.
     :param arguments: what it is called with.
     :param params: values of its parameters.
-    :param method: how trajectories are summed.
     :return: the posterior.
     """
-    weighed = marginals(lattice.node, lattice.edges, lattice.mask, method)
 
     def by_site(log_weights):
         log_weights = jnp.moveaxis(log_weights, -1, 1)
         at_start = dict.fromkeys(structure.initial, log_weights[0])
         return at_start | dict.fromkeys(structure.step, log_weights[1:])
 
-    particles = {n: _tidy(x, structure.initial[n], structure) for n, x in lattice.particles.initial.items()}
-    particles |= {n: _tidy(x, structure.step[n], structure) for n, x in lattice.particles.steps.items()}
+    particles = {n: tidy(x, structure.initial[n], structure) for n, x in lattice.particles.initial.items()}
+    particles |= {n: tidy(x, structure.step[n], structure) for n, x in lattice.particles.steps.items()}
     return SmoothedPosterior(
         log_normalizer=weighed.log_normalizer,
         particles=particles,
@@ -248,8 +247,14 @@ def _axes(latent: Latent, structure: Structure):
     return plates + others + list(range(border, len(latent.shape)))
 
 
-def _tidy(x, latent, structure):
-    """Plates first, no singleton batch axes."""
+def tidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
+    """Move plates to the front of a site's axes, and drop batch axes of one element that are no plate.
+
+    :param x: an array whose trailing axes are those that the model gives the site.
+    :param latent: a site of the chain.
+    :param structure: the structure of the chain.
+    :return: an array of shape ``(..., *plates, *event)``; batch axes that are no plate count as event axes.
+    """
     axes, leading = _axes(latent, structure), x.ndim - len(latent.shape)
     singletons = [leading + axis for axis in range(len(latent.shape)) if axis not in axes]
     order = [*range(leading), *(leading + axis for axis in axes), *singletons]

@@ -20,6 +20,7 @@ from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.refinement import Proposal, propose_gaussian
 from numpyro_pvmc.refinement import refine as refine_proposal
+from numpyro_pvmc.smoothing import marginals
 from numpyro_pvmc.structure import Structure
 
 
@@ -48,9 +49,16 @@ def smooth(
     """
     structure = read_structure(model, arguments, params)
     params = _with_start(structure, model, guide, arguments, params)
-    if not refine:
+    if refine:
+        lattice = _refined(rng_key, structure, model, guide, arguments, params, loss, refine, temper)
+    else:
         lattice = propose(rng_key, structure, model, guide, arguments, params, loss.num_particles, particles=loss.particles)
-        return smoothed_posterior(lattice, structure, model, arguments, params, loss.method)
+    weighed = marginals(lattice.node, lattice.edges, lattice.mask, loss.method)
+    return smoothed_posterior(lattice, weighed, structure, model, arguments, params)
+
+
+def _refined(rng_key, structure, model, guide, arguments, params, loss, refine, temper):
+    """Particles of a refitted proposal, drawn after the last round."""
     key_globals, key_rounds, key_last = random.split(rng_key, 3)
     _, global_values, _, mutable = draw(guide, arguments, params, key_globals, sites_to_draw(structure), 1)
     values = params | mutable | global_values
@@ -68,8 +76,7 @@ def smooth(
     proposal = refine_proposal(
         key_rounds, chain, coordinates, proposal, loss.num_particles, refine, temper, loss.particles, loss.method
     )
-    lattice = propose_gaussian(key_last, chain, coordinates, proposal, loss.num_particles, loss.particles)
-    return smoothed_posterior(lattice, structure, model, arguments, params, loss.method)
+    return propose_gaussian(key_last, chain, coordinates, proposal, loss.num_particles, loss.particles)
 
 
 def sample(

@@ -6,7 +6,8 @@ of all K^T trajectories, by the recursion
 
     alpha[t + 1, k] = node[t + 1, k] + logsumexp_j(alpha[t, j] + edge[t, j, k])
 
-and everything else is its gradient: smoothing weights with respect to `node`, pairwise weights with respect to `edge`.
+and everything else is its gradient: smoothing weights with respect to `node`, pairwise weights with respect to `edge`. (The
+former have a recursion in closed form too, for losses on them.)
 An absent point (`mask` false: padding) holds alpha.
 
 Shapes: T points, S = T - 1 transitions, K particles; `edge[t, i, j]` goes from particle i at t to particle j at t + 1.
@@ -104,15 +105,16 @@ def marginals(
     :return: log normalizer, log smoothing weights, log filtering weights.
     """
 
-    def total(node):
-        log_z, alpha = _forward(node, edge, mask)
-        if _is_associative(method, node):
-            log_z = log_normalizer(node, edge, mask, method)
-        return log_z.sum(), (log_z, alpha)
-
     node = _at_least_single(node)
-    weights, (log_z, alpha) = jax.grad(total, has_aux=True)(node)
-    return Marginals(log_z, _log_weights(weights, mask), alpha)
+    if _is_associative(method, node):
+        log_z = log_normalizer(node, edge, mask, method)
+        weights = jax.grad(lambda node: log_normalizer(node, edge, mask, method).sum())(node)
+        log_weights = _log_weights(weights, mask)
+        _, alpha = _forward(node, edge, mask)
+    else:
+        log_z, alpha = _forward(node, edge, mask)
+        log_weights = alpha + _backward(node, edge, mask)
+    return Marginals(log_z, _scaled(log_weights)[1], alpha)
 
 
 def log_normalizer_and_weights(
@@ -296,6 +298,30 @@ def _forward(node, edge, mask):
     # A chain that ends without mass has no weights, whatever the points before the end had.
     log_z = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z)
     return log_z, jnp.concatenate([start[1][None], rest])
+
+
+def _backward(node, edge, mask):
+    """The log of the total weight of all ends of trajectories from each particle on, up to a constant of each point.
+
+    With alpha, the gradient of the log normalizer in closed form: a loss on the weights, differentiated through `jax.grad`,
+    would keep all S blocks of K x K, checkpointed or not.
+    """
+    function, inputs = _lazy(edge)
+    present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
+
+    @jax.checkpoint
+    def step(beta, inputs):
+        node, present, edge_inputs = inputs
+        edge = function(edge_inputs)
+        if mask is not None:
+            node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
+        _, moved = _scaled(logsumexp(edge + (node + beta)[..., None, :], -1))
+        beta = jnp.where(present[..., None], moved, beta)
+        return beta, beta
+
+    last = jnp.zeros_like(node[0])
+    _, rest = lax.scan(step, last, (node[1:], present[1:], inputs), reverse=True)
+    return jnp.concatenate([rest, last[None]])
 
 
 def _scaled(alpha):

@@ -15,7 +15,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.contrib.control_flow import scan
 
-from numpyro_pvmc import ImportanceSmoothedELBO
+from numpyro_pvmc import ImportanceSmoothedELBO, SupervisedELBO
 
 T, SERIES, K = 10_000, 4, 64
 
@@ -43,7 +43,7 @@ def guide(y):
 
 
 y = jax.random.normal(jax.random.key(0), (T, SERIES, 2))
-loss = ImportanceSmoothedELBO(K)
+loss = LOSS
 value, slope = jax.jit(jax.value_and_grad(lambda p: loss.loss(jax.random.key(1), p, model, guide, y)))({"slope": 0.9, "loc": y})
 assert jnp.isfinite(value) and jnp.isfinite(slope["slope"]) and jnp.isfinite(slope["loc"]).all()
 # Not `ru_maxrss`: a child process begins with the peak of its parent.
@@ -52,8 +52,9 @@ print(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
-def test_value_and_gradient_of_a_long_series():
+@pytest.mark.parametrize("loss", ["ImportanceSmoothedELBO(K)", 'SupervisedELBO(lambda y: {"x": y}, K)'])
+def test_value_and_gradient_of_a_long_series(loss):
     """The pairs alone, 10,000 x 4 x 64 x 64 in float32, would take 0.66 GB, and autodiff keeps several copies."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM.replace("LOSS", loss)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) * 1024 < 1.5e9
