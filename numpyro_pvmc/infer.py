@@ -18,7 +18,7 @@ from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.phases import growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, parameter_names
-from numpyro_pvmc.proposal import check_guide
+from numpyro_pvmc.proposal import check_guide, refuse_discrete
 from numpyro_pvmc.smoother import check_refinement, sample, smooth, warn_of_collapse
 from numpyro_pvmc.structure import Structure
 from numpyro_pvmc.supervised import SupervisedELBO
@@ -128,6 +128,7 @@ class PVMC(SVI):
         if structure is None:
             # Before NumPyro looks: what cannot be read has a name here.
             structure = read_structure(self.model, arguments, params)
+            refuse_discrete(structure, self.guide)
         if not _is_traced((arguments, params)):
             check_data(structure, self.model, arguments, params)
         if constrain_fn is None:

@@ -8,6 +8,7 @@ Shapes: N points of a chain, K particles, D coordinates; `plates` are independen
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -45,11 +46,11 @@ def refit(
     :param present: ``(N, *plates)``, false where there is nothing to fit.
     :return: Gaussians of the same kind.
     """
-    weights = jnp.exp(log_weights)
-    size = 1 / jnp.sum(weights**2, -1)
-    share = rate * jnp.clip((size - 1) / (3 * old.mean.shape[-1]), 0.0, 1.0)
-    # Without a possible trajectory all weights are zero, and size is infinite.
-    known = jnp.isfinite(size) & (True if present is None else present)
+    enough = jnp.minimum(3.0 * old.mean.shape[-1] + 1, log_weights.shape[-1] / 2)
+    weights = _flattened(log_weights, enough)
+    share = rate * jnp.clip((effective_size(weights) - 1) / (enough - 1), 0.0, 1.0)
+    # Without a possible trajectory there are no weights.
+    known = jnp.isfinite(log_weights).any(-1) & (True if present is None else present)
     share = jnp.where(known, share, 0.0)[..., None]
     mean = jnp.einsum("...k,...kd->...d", weights, coordinates)
     deviation, shift = coordinates - mean[..., None, :], mean - old.mean
@@ -71,6 +72,26 @@ def refit(
         jnp.where(sound[..., None], mean, old.mean),
         jnp.where(sound.reshape(sound.shape + (1,) * len(axes)), factor, old.factor),
     )
+
+
+def effective_size(weights):
+    """1 / sum of squared weights."""
+    return 1 / jnp.sum(weights**2, -1)
+
+
+def _flattened(log_weights, enough):
+    """Weights, raised to a power below 1 where they rest on too few particles."""
+
+    def halve(bounds, _):
+        low, high = bounds
+        middle = (low + high) / 2
+        is_flat = effective_size(jax.nn.softmax(middle[..., None] * log_weights, -1)) >= enough
+        return (jnp.where(is_flat, middle, low), jnp.where(is_flat, high, middle)), None
+
+    none = jnp.zeros(log_weights.shape[:-1], log_weights.dtype)
+    log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -1e30)
+    (low, _), _ = jax.lax.scan(halve, (none, none + 2.0), None, length=30)
+    return jax.nn.softmax(jnp.minimum(low, 1.0)[..., None] * log_weights, -1)
 
 
 def spread(draws: Float[Array, "M N *plates D"]) -> Moments:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import lax, random
+from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
 from numpyro_pvmc.chain import Chain, read_chain, read_structure
 from numpyro_pvmc.densities import Particles, target
@@ -120,6 +121,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     :raises ValueError: naming the site that is missing, unknown, of a wrong shape, or not independent over time; or what of
         the guide's own chain differs from the model's.
     """
+    refuse_discrete(structure, guide)
     found, scanned = [], []
 
     def look(params, arguments):
@@ -196,6 +198,17 @@ def _mixture(own, guide, arguments, values, particles):
         return None, logsumexp(block, -2) - math.log(block.shape[-1])
 
     return node[1:] + lax.scan(mix, None, edges.inputs)[1]
+
+
+def refuse_discrete(structure: Structure, guide: Callable) -> None:
+    """Refuse an automatic guide for discrete sites, which none can sample.
+
+    :param structure: the structure of the model's chain.
+    :param guide: a NumPyro program.
+    :raises ValueError: naming the site.
+    """
+    if isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList):
+        _check_discrete(structure, structure.sites)
 
 
 def _check_discrete(structure, missing):

@@ -37,7 +37,7 @@ def dtype(request):
 
 def smooth(program, num_particles):
     """A posterior of the untrained guide, and the weights of pairs of neighbours, (T, *plates, K, K)."""
-    pvmc = PVMC(program.model, program.guide, num_particles=num_particles)
+    pvmc = PVMC(program.model, program.guide, num_particles=num_particles, particles="iid")
     state = pvmc.init(jax.random.key(1), *program.args, **program.kwargs)
     params, arguments, key = pvmc.get_params(state), Arguments(program.args, program.kwargs), jax.random.key(2)
     structure = read_structure(program.model, arguments, params)

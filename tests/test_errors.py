@@ -240,7 +240,7 @@ PROGRAMS = [
     (non_centred, r"\['eps'\] do not read the carry.*non-centred"),
     (loc_scale_reparam, r"\['x_decentered'\] do not read the carry.*LocScaleReparam"),
     (delta_transition, "'x' of the scan has a `Delta` law.*noise"),
-    (discrete, r"'z' is discrete \(BernoulliProbs\)"),
+    (discrete, "'z' is discrete, and the guide does not sample it.*Categorical"),
     (mixing_times, "'y' after the scan mixes times"),
     (lagged_rows, "'y' after the scan mixes times"),
     (no_time_axis, "'y' reads the outputs.*no leading axis of 4 or 5 times"),

@@ -14,7 +14,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.infer import growth
+from numpyro_pvmc.phases import growth
 from oracles import kalman_filter
 
 LONG_RUNS = True
@@ -160,7 +160,7 @@ def test_update_inside_the_users_own_jit_and_scan():
 
 def test_vmap_over_seeds():
     model = CountedModel()
-    pvmc = PVMC(model, AutoNormal(model), num_particles=3)
+    pvmc = PVMC(model, AutoNormal(model), num_particles=4)
     y = jnp.asarray(simulate(0, 4))
     state = pvmc.init(jax.random.key(0), y)
     params = pvmc.get_params(state)
@@ -183,7 +183,7 @@ def test_model_parameters_rest_while_there_is_one_particle():
     assert growth(3, 16)[0] == (1, 1)
     state = pvmc.init(jax.random.key(0), simulate(0, 6))
     with_one, _ = pvmc._compiled_updates(
-        state, arguments_of(simulate(0, 6)), jnp.asarray(5), num_particles=1, frozen=("a",), stable=False
+        state, arguments_of(simulate(0, 6)), jnp.asarray(5), None, num_particles=1, frozen=("a",), rounds=None, stable=False
     )
     assert pvmc.get_params(with_one)["a"] == 0.5
     assert (pvmc.get_params(with_one)["x_auto_loc"] != pvmc.get_params(state)["x_auto_loc"]).all()

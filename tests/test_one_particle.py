@@ -135,7 +135,7 @@ def test_one_particle_is_trace_elbo(x64, model, shape):
 @pytest.mark.parametrize(("model", "plates"), [(two_plates, (3, 2)), (plate_on_the_left, (3,)), (another_scan, ())])
 def test_shapes_are_tidy_in_the_posterior_and_the_models_own_in_samples(model, plates):
     y = jnp.zeros((T, *plates))
-    pvmc = PVMC(model, AutoNormal(model), num_particles=3)
+    pvmc = PVMC(model, AutoNormal(model), num_particles=4)
     params = pvmc.get_params(pvmc.init(jax.random.key(0), y))
     posterior = pvmc.posterior(jax.random.key(2), params, y)
     assert posterior.log_normalizer.shape == plates

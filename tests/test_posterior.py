@@ -27,7 +27,7 @@ by_shape = pytest.mark.parametrize("name", SHAPES)
 def smoothed(name, num_particles=8):
     """A posterior of a small program without parameters."""
     program = BY_NAME[name]
-    pvmc = PVMC(program.model, program.guide, num_particles=num_particles)
+    pvmc = PVMC(program.model, program.guide, num_particles=num_particles, particles="iid")
     return pvmc.posterior(jax.random.key(2), {}, *program.args, **program.kwargs)
 
 

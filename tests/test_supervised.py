@@ -109,7 +109,7 @@ def test_value_against_numpy(x64, name, error, bound, filtering):
     program = BY_NAME[name]
     ours, exact = ERRORS[error]
     states = some_states(program)
-    loss = SupervisedELBO(lambda *args: states, 3, error=ours, bound=bound, filtering=filtering)
+    loss = SupervisedELBO(lambda *args: states, 4, error=ours, bound=bound, filtering=filtering)
     pvmc = PVMC(program.model, program.guide, loss=loss)
     params = pvmc.get_params(pvmc.init(jax.random.key(1), *program.args))
     posterior = pvmc.posterior(jax.random.key(2), params, *program.args)
@@ -122,8 +122,8 @@ def test_global_sites_enter_the_bound(x64):
     """Without error and times the number of points it is the bound of every other objective."""
     program = BY_NAME["global_sites"]
     unknown = {"x": np.full(program.length, NAN)}
-    supervised = SupervisedELBO(lambda *args: unknown, 3)
-    plain = ImportanceSmoothedELBO(3, gradient="reparam")
+    supervised = SupervisedELBO(lambda *args: unknown, 4)
+    plain = ImportanceSmoothedELBO(4, gradient="reparam")
     pvmc = PVMC(program.model, program.guide, loss=plain)
     params = pvmc.get_params(pvmc.init(jax.random.key(1), *program.args))
     value = lambda loss: loss.loss(jax.random.key(2), params, program.model, program.guide, *program.args)
