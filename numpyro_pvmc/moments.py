@@ -46,8 +46,8 @@ def refit(
     :param present: ``(N, *plates)``, false where there is nothing to fit.
     :return: Gaussians of the same kind.
     """
-    enough = jnp.minimum(3.0 * old.mean.shape[-1] + 1, log_weights.shape[-1] / 2)
-    weights = _flattened(log_weights, enough)
+    enough = 3.0 * old.mean.shape[-1] + 1
+    weights = _flattened(log_weights, min(enough, log_weights.shape[-1] / 2))
     share = rate * jnp.clip((effective_size(weights) - 1) / (enough - 1), 0.0, 1.0)
     # Without a possible trajectory there are no weights.
     known = jnp.isfinite(log_weights).any(-1) & (True if present is None else present)

@@ -69,10 +69,8 @@ def _refined(rng_key, structure, model, guide, arguments, params, loss, refine, 
     else:
         coordinates, proposal = read_proposal(structure, guide, arguments, values)
         # With fewer particles than three times its rows a covariance is mostly noise.
-        kept = [
-            moments if 3 * moments.mean.shape[-1] <= loss.num_particles else diagonal(moments) for moments in _parts(proposal)
-        ]
-        proposal = Proposal(*([None] * (2 - len(kept)) + kept))
+        if 3 * proposal.steps.mean.shape[-1] > loss.num_particles:
+            proposal = Proposal(*(None if moments is None else diagonal(moments) for moments in proposal))
     proposal = refine_proposal(
         key_rounds, chain, coordinates, proposal, loss.num_particles, refine, temper, loss.particles, loss.method
     )
@@ -129,20 +127,21 @@ def warn_of_collapse(posterior: SmoothedPosterior) -> None:
 
     :param posterior: a posterior after refinement, not traced.
     """
-    for name, log_weights in posterior.log_weights.items():
-        number = log_weights.shape[int(name in posterior.structure.step)]
-        size = np.asarray(posterior.effective_sample_size()[name])
-        low = size < min(0.05 * number, number / 2)
-        if low.any():
-            times = np.argwhere(low)
-            where = f"first at time {times[0][0]}" if name in posterior.structure.step else "at the beginning"
-            warnings.warn(
-                f"After refinement the effective sample size of site '{name}' is below {0.05 * number:.1f} of {number} in "
-                f"{100 * low.mean():.2g}% of its steps and series, {where} (least {np.nanmin(size):.1f}): do not trust these. "
-                "More rounds (`refine`), more particles, or a gentler start (`temper=0.02`) may help; a transition with "
-                "very little noise needs many particles.",
-                stacklevel=3,
-            )
+    sizes = {name: np.asarray(size) for name, size in posterior.effective_sample_size().items()}
+    (step, *_) = posterior.structure.step
+    number = posterior.log_weights[step].shape[1]
+    least = max(0.05 * number, 1.5) if number > 2 else 0.0
+    worst = max(sizes, key=lambda name: (sizes[name] < least).mean())
+    low = sizes[worst] < least
+    if low.any():
+        where = f"first at time {np.argwhere(low)[0][0]}" if worst in posterior.structure.step else "at the beginning"
+        warnings.warn(
+            f"After refinement the effective sample size of site '{worst}' is below {least:.1f} of {number} in "
+            f"{100 * low.mean():.0f}% of its steps and series, {where} (least {np.nanmin(sizes[worst]):.1f}): do not trust "
+            "these. More rounds (`refine`), more particles, or a gentler start (`temper=0.02`) may help; transitions with very "
+            "little noise need many particles.",
+            stacklevel=3,
+        )
 
 
 def _with_start(structure: Structure, model, guide, arguments, params):

@@ -145,5 +145,3 @@ BLIND = [
 
 def key_of(program):
     return random.key(sum(map(ord, program.name)))
-
-
