@@ -102,7 +102,12 @@ class AutoSmoothedNormal(AutoGuide):
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         arguments = Arguments(args, kwargs)
-        chain = read_chain(self._structure(arguments), self.model, arguments, {})
+        structure = self._structure(arguments)
+        if self._coordinates is not None and set(structure.sites) != _names(self._coordinates):
+            # The model without its data has more latent sites; the guide stays that of the posterior.
+            state = {name: mutable(name) for point in self._names.values() for name in point}
+            return sample_proposal(self._coordinates, self.proposal(state))
+        chain = read_chain(structure, self.model, arguments, {})
         coordinates = coordinates_of_model(chain)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(_transforms(coordinates))):
             self._coordinates = coordinates
@@ -229,6 +234,10 @@ class AutoSmoothedNormal(AutoGuide):
             blocks = self._coordinates.initial
             values = from_coordinates(blocks, jnp.squeeze(initial, -2 - len(blocks[0].plates)))
         return values | from_coordinates(self._coordinates.steps, steps)
+
+
+def _names(coordinates):
+    return {block.latent.name for block in (*coordinates.initial, *coordinates.steps)}
 
 
 def _transforms(coordinates):

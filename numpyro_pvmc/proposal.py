@@ -138,7 +138,8 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     if missing:
         raise ValueError(
             f"The guide does not sample {missing}. It must sample every latent site of the model: {sorted(expected)}; the "
-            f"sites of the scan, {sorted(structure.step)}, with a leading time axis of {structure.length}."
+            f"sites of the scan, {sorted(structure.step)}, with a leading time axis of {structure.length}. Parts that sample "
+            "some sites each go together in an `AutoGuideList`, or in a function that calls them."
         )
     if unknown:
         raise ValueError(

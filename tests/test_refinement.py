@@ -210,7 +210,7 @@ def test_collapse_is_said_aloud():
 
 
 def test_samples_are_those_of_the_refined_posterior():
-    pvmc = PVMC(linear_gaussian, num_particles=64)
+    pvmc = PVMC(linear_gaussian, num_particles=512)
     samples = pvmc.sample_posterior(random.key(0), {}, SERIES, sample_shape=(20_000,), refine=5)
     means, covariances, _ = exact_moments()
     assert_allclose(samples["x"].mean(0), means[1:], atol=0.06)
