@@ -1,0 +1,156 @@
+"""Gradients that need no gradient of draws, guides over discrete sites, and gradients of terms under a schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import random
+from numpy.testing import assert_allclose
+from numpyro.contrib.control_flow import scan
+from numpyro.infer import SVI
+
+from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
+from oracles import forward_backward
+
+LONG_RUNS = True
+
+Y = jnp.array([0.3, -0.5, 1.2, 0.4])
+PARAMS = {"loc": jnp.array([0.1, 0.1, 0.3, 0.5]), "log_scale": jnp.full(4, -0.3), "a": jnp.array(0.8)}
+
+
+def model(y):
+    a = numpyro.param("a", 0.8)
+
+    def step(x_prev, y_t):
+        x = numpyro.sample("x", dist.Normal(a * x_prev, 0.7))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+        return x, None
+
+    scan(step, 0.5, y)
+
+
+def guide(y):
+    loc, scale = numpyro.param("loc", jnp.zeros(4)), jnp.exp(numpyro.param("log_scale", jnp.zeros(4)))
+    numpyro.sample("x", dist.Normal(loc, scale))
+
+
+def slope(loss, key=0, params=PARAMS):
+    return jax.jit(jax.grad(lambda p: loss.loss(random.key(key), p, model, guide, Y)))(params)
+
+
+def test_it_is_the_slope_of_log_q_over_the_smoothed_particles(x64):
+    found = slope(ImportanceSmoothedELBO(16, gradient="reweighted"))
+    posterior = PVMC(model, guide, num_particles=16).posterior(random.key(0), PARAMS, Y)
+    x, weights = np.asarray(posterior.particles["x"]), np.exp(np.asarray(posterior.log_weights["x"]))
+    loc, scale = np.asarray(PARAMS["loc"])[:, None], np.exp(np.asarray(PARAMS["log_scale"]))[:, None]
+    assert_allclose(found["loc"], -(weights * (x - loc) / scale**2).sum(1), rtol=1e-6)
+    assert_allclose(found["log_scale"], -(weights * ((x - loc) ** 2 / scale**2 - 1)).sum(1), rtol=1e-6)
+    assert_allclose(found["a"], slope(ImportanceSmoothedELBO(16, gradient="reparam"))["a"], rtol=1e-6)
+
+
+TRANSITION = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6]])
+MEANS, START, NOISE = np.array([-1.0, 0.0, 1.5]), np.array([0.5, 0.3, 0.2]), 0.8
+SEEN = np.array([1.8, 1.1, -0.9, 0.1, -1.4, 0.7])
+
+
+def hidden_markov(y):
+    def step(s_prev, y_t):
+        s = numpyro.sample("s", dist.Categorical(probs=jnp.asarray(TRANSITION)[s_prev]))
+        numpyro.sample("y", dist.Normal(jnp.asarray(MEANS)[s], NOISE), obs=y_t)
+        return s, None
+
+    scan(step, numpyro.sample("s_0", dist.Categorical(probs=jnp.asarray(START))), y)
+
+
+def state_guide(y):
+    numpyro.sample("s_0", dist.Categorical(logits=numpyro.param("logits_0", jnp.zeros(3))))
+    numpyro.sample("s", dist.Categorical(logits=numpyro.param("logits", jnp.zeros((6, 3)))))
+
+
+def exact_states():
+    log_emission = -0.5 * ((SEEN[:, None] - MEANS) / NOISE) ** 2 - np.log(NOISE * np.sqrt(2 * np.pi))
+    return forward_backward(np.log(START), np.log(TRANSITION), np.concatenate([np.zeros((1, 3)), log_emission]))
+
+
+@pytest.mark.parametrize("gradient", ["reweighted", "doubly_reparam"])
+def test_a_guide_over_a_discrete_site_learns_the_exact_marginals(gradient):
+    """Sites without a gradient of draws get the reweighted one, whatever is asked for."""
+    exact, y = exact_states(), jnp.asarray(SEEN)
+    optimiser = optax.adam(optax.cosine_decay_schedule(0.1, 1500))
+    pvmc = PVMC(hidden_markov, state_guide, optimiser, num_particles=32, gradient=gradient)
+    params = pvmc.run(random.key(0), 1500, y, progress_bar=False, grow=False).params
+    assert_allclose(jax.nn.softmax(params["logits"]), exact.weights[1:], atol=0.01)
+    assert_allclose(jax.nn.softmax(params["logits_0"]), exact.weights[0], atol=0.01)
+    many = PVMC(hidden_markov, state_guide, num_particles=1024).posterior(random.key(1), params, y)
+    assert_allclose(many.log_normalizer, exact.log_normalizer, atol=0.01)
+    assert_allclose(many.mean()["s"], exact.weights[1:] @ [0, 1, 2], atol=0.02)
+    samples = many.sample(random.key(2), (4000,))["s"]
+    assert samples.dtype == jnp.int32
+    assert_allclose((samples == 2).mean(0), exact.weights[1:, 2], atol=0.03)
+
+
+def test_a_discrete_and_a_continuous_site_in_one_step():
+    """A switch and a level: the plain bound of both, by two kinds of gradient, goes up."""
+
+    def switching(y):
+        def step(state, y_t):
+            s, x = state
+            s = numpyro.sample("s", dist.Bernoulli(0.1 + 0.8 * s))
+            x = numpyro.sample("x", dist.Normal(jnp.where(s, 0.95, 0.2) * x, jnp.where(s, 0.1, 1.0)))
+            numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+            return (s, x), None
+
+        scan(step, (0, 0.0), y)
+
+    def both(y):
+        numpyro.sample("s", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(4))))
+        numpyro.sample("x", dist.Normal(numpyro.param("loc", jnp.zeros(4)), 0.4))
+
+    pvmc = PVMC(switching, both, optax.adam(0.03), num_particles=16)
+    result = pvmc.run(random.key(0), 400, Y, progress_bar=False, grow=False)
+    assert result.losses[-50:].mean() < result.losses[:5].mean() - 0.3
+    assert_allclose(result.params["loc"], Y, atol=0.4)
+    assert (abs(result.params["logits"]) > 0.05).all()
+
+
+def test_gradient_of_a_term_is_scaled_and_its_value_is_not(x64):
+    plain = ImportanceSmoothedELBO(8, gradient="reparam")
+    none = slope(ImportanceSmoothedELBO(8, gradient="reparam", gradient_scale={"x": 0.0, "y": 0.0}))
+    whole = slope(plain)
+    for scale in (0.0, 0.3, 1.0):
+        scaled = ImportanceSmoothedELBO(8, gradient="reparam", gradient_scale={"x": scale})
+        value = lambda loss: loss.loss(random.key(0), PARAMS, model, guide, Y)
+        assert_allclose(value(scaled), value(plain), rtol=1e-14)
+        assert_allclose(slope(scaled)["a"], scale * whole["a"], rtol=1e-6)  # in the law of x alone
+        emission = slope(ImportanceSmoothedELBO(8, gradient="reparam", gradient_scale={"x": 0.0}))["loc"]
+        transition = slope(ImportanceSmoothedELBO(8, gradient="reparam", gradient_scale={"y": 0.0}))["loc"]
+        expected = emission + scale * (transition - none["loc"])
+        assert_allclose(slope(scaled)["loc"], expected, rtol=1e-6)
+
+
+def test_a_schedule_counts_updates():
+    """The model's coefficient gets no gradient before the fifth update, neither in `run` nor in `update`."""
+    after_five = lambda step: jnp.where(step < 5, 0.0, 1.0)
+    loss = ImportanceSmoothedELBO(8, gradient_scale={"x": after_five})
+    pvmc = PVMC(model, guide, optax.sgd(0.01), loss)
+    state, values = pvmc.init(random.key(0), Y), []
+    for _ in range(8):
+        state, _ = pvmc.update(state, Y)
+        values.append(float(pvmc.get_params(state)["a"]))
+    assert (np.diff([PARAMS["a"], *values]) == 0).tolist() == [True] * 5 + [False] * 3
+    result = pvmc.run(random.key(0), 8, Y, progress_bar=False, grow=False)
+    assert_allclose(result.params["a"], values[-1], rtol=1e-6)
+    linear = ImportanceSmoothedELBO(8, gradient_scale={"x": optax.linear_schedule(0.05, 1.0, 95)})
+    assert np.isfinite(PVMC(model, guide, loss=linear).run(random.key(0), 5, Y, progress_bar=False).losses).all()
+
+
+def test_scales_that_cannot_be_used():
+    with pytest.raises(ValueError, match=r"names \['z'\], which are no sites of the model: it has \['x', 'y'\]"):
+        slope(ImportanceSmoothedELBO(8, gradient_scale={"z": 0.5}))
+    loss = ImportanceSmoothedELBO(8, gradient_scale={"x": optax.linear_schedule(0.05, 1.0, 95)})
+    svi = SVI(model, guide, optax.sgd(0.01), loss)
+    with pytest.raises(ValueError, match=r"needs the number of the update.*`PVMC` tells the loss"):
+        svi.update(svi.init(random.key(0), Y), Y)
