@@ -1,0 +1,64 @@
+"""Stochastic volatility on ten years of the S&P 500, parameters learned from a poor start with a refitted guide."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+from cuthbert import filter as run_filter
+from cuthbert.smc import particle_filter
+from cuthbertlib.resampling import adaptive, systematic
+from jax import random
+from numpyro.contrib.control_flow import scan
+from record import record
+
+from numpyro_pvmc import PVMC, AutoSmoothedNormal
+from numpyro_pvmc.datasets import load_sp500_returns
+
+LONG_RUNS = True
+
+
+def model(y):
+    """The parameters start far from what they will be: mean -0.5, persistence 0.97, noise 0.27."""
+    mu = numpyro.param("mu", 1.0)
+    phi = numpyro.param("phi", 0.5, constraint=dist.constraints.unit_interval)
+    s = numpyro.param("s", 0.8, constraint=dist.constraints.positive)
+
+    def step(x_prev, y_t):
+        x = numpyro.sample("x", dist.Normal(mu + phi * (x_prev - mu), s))
+        numpyro.sample("y", dist.Normal(0.0, jnp.exp(x / 2)), obs=y_t)
+        return x, None
+
+    scan(step, numpyro.sample("x_0", dist.Normal(mu, s / jnp.sqrt(1 - phi**2))), y)
+
+
+@jax.jit
+def filter_evidence(key, y, mu, phi, s):
+    """Log evidence by a bootstrap particle filter of 10,000 particles, which knows nothing of the guide."""
+    filter_ = particle_filter.build_filter(
+        init_sample=lambda key: mu + s / jnp.sqrt(1 - phi**2) * random.normal(key),
+        propagate_sample=lambda key, x, y: mu + phi * (x - mu) + s * random.normal(key),
+        log_potential=lambda x_prev, x, y: dist.Normal(0.0, jnp.exp(x / 2)).log_prob(y),
+        n_filter_particles=10_000,
+        resampling_fn=adaptive.ess_decorator(systematic.resampling, 0.5),
+    )
+    key_init, key_filter = random.split(key)
+    return run_filter(filter_, y, filter_.init_prepare(key=key_init), key=key_filter).log_normalizing_constant[-1]
+
+
+def test_learned_from_a_poor_start():
+    y = jnp.asarray(load_sp500_returns(2516)[0])
+    pvmc = PVMC(model, AutoSmoothedNormal(model), optax.adam(0.1), num_particles=64)
+    started = time.perf_counter()
+    result = jax.block_until_ready(pvmc.run(random.key(0), 150, y, progress_bar=False))
+    seconds = time.perf_counter() - started
+    posterior = jax.jit(jax.vmap(lambda key: pvmc.posterior(key, result.params, y).log_normalizer))
+    bound = np.asarray(posterior(random.split(random.key(1), 100)))
+    learned = [result.params[name] for name in ("mu", "phi", "s")]
+    evidence = np.array([filter_evidence(key, y, *learned) for key in random.split(random.key(2), 6)])
+    record("volatility", "refitted guide, K = 64, 150 updates", "bound", bound.mean(), f"filter {evidence.mean():.2f}", seconds)
+    assert abs(bound.mean() - evidence.mean()) <= 0.5
+    assert 0.9 < result.params["phi"] < 0.99
