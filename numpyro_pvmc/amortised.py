@@ -34,9 +34,9 @@ class AutoAmortisedNormal(AutoGuide):
     series, or on minibatches of them, is training for others, of any number and length.
 
     What the network reads are *features*: for each series a row for each time, the first of which belongs to the chain's
-    beginning. A row has the observed values, standardised, and then for each of them 1 if it is observed and 0 if it is missing:
-    masked, NaN, or not there, as when nothing is observed at the beginning. The value of a missing one is 0. So missing
-    observations, padded steps and the ends of a series look alike.
+    beginning. A row has the observed values, standardised, and then for each of them 1 if it is observed and 0 if it is
+    missing: masked, NaN, or not there, as when nothing is observed at the beginning. The value of a missing one is 0. So
+    missing observations, padded steps and the ends of a series look alike.
 
     What it returns, two numbers for each component of the state, is in units of the model's prior: a location of 0 and a log
     scale of 0 are its median and its width, over all times and series. These units, and those of the data, are found once, when
@@ -49,8 +49,8 @@ class AutoAmortisedNormal(AutoGuide):
     :param network: what makes a network: it is called with a number of features, a number of outputs and a random key, and
         returns a module of Flax (``nnx``) or Equinox that maps an array ``(T + 1, features)`` to one of shape
         ``(T + 1, outputs)``; such as those in :mod:`numpyro_pvmc.networks`. Or such a module, whose sizes then must fit.
-    :param features: what to read in place of the observed values: a function of the arguments of the model that returns an array
-        ``(T, *plates, E)``, or ``(T + 1, *plates, E)`` with a row for the beginning; NaN where a value is missing.
+    :param features: what to read in place of the observed values: a function of the arguments of the model that returns an
+        array ``(T, *plates, E)``, or ``(T + 1, *plates, E)`` with a row for the beginning; NaN where a value is missing.
     :param prefix: begins the names of parameters and mutable state.
 
     **Reference**
@@ -88,8 +88,8 @@ class AutoAmortisedNormal(AutoGuide):
     def __init__(self, model: Callable, network: Any, *, features: Callable | None = None, prefix: str = "auto"):
         if not callable(network):
             raise TypeError(
-                "`network` must be a module of Flax (nnx) or Equinox, or a function of a number of features, a number of outputs "
-                f"and a random key that returns one, but got a {type(network).__name__}."
+                "`network` must be a module of Flax (nnx) or Equinox, or a function of a number of features, a number of "
+                f"outputs and a random key that returns one, but got a {type(network).__name__}."
             )
         self.network, self.features = network, features
         self._structures: dict[Any, Structure] = {}
@@ -246,8 +246,8 @@ class AutoAmortisedNormal(AutoGuide):
 class _OneSiteForEachArray(Messenger):
     """Makes one `param` of each array of a network.
 
-    NumPyro's modules make one of them all, a dictionary, and NumPyro's `scan` takes the shape of all that the guide's trace has,
-    which JAX refuses for dictionaries. State that is not to be learned stays in the network: random keys, if any.
+    NumPyro's modules make one of them all, a dictionary, and NumPyro's `scan` takes the shape of all that the guide's trace
+    has, which JAX will refuse for dictionaries. State that is not to be learned stays in the network: random keys, if any.
     """
 
     def __init__(self, name):
@@ -257,11 +257,13 @@ class _OneSiteForEachArray(Messenger):
     def process_message(self, msg):
         if msg["type"] == "param" and msg["name"] == f"{self.name}$params":
             msg["stop"] = True
-            start = msg["fn"](*msg["args"], **msg["kwargs"]) if msg["args"] else None
+            start = msg["fn"](*msg["args"], **msg["kwargs"])
             if start is None:
                 return
             leaves, treedef = jax.tree.flatten_with_path(start)
-            arrays = [self._param(f"{self.name}.{jax.tree_util.keystr(path, simple=True, separator='.')}", x) for path, x in leaves]
+            arrays = [
+                self._param(f"{self.name}.{jax.tree_util.keystr(path, simple=True, separator='.')}", x) for path, x in leaves
+            ]
             msg["value"] = jax.tree.unflatten(treedef, arrays)
         elif msg["type"] == "mutable" and msg["name"] == f"{self.name}$state":
             msg["stop"] = True
@@ -342,4 +344,4 @@ def _prior_spread(chain):
 
 def _pooled(draws):
     """One place and width for each of the last axis."""
-    return spread(draws.reshape(-1, draws.shape[-1]))
+    return spread(draws.reshape(math.prod(draws.shape[:-1]), draws.shape[-1]))

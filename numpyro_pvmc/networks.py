@@ -4,6 +4,7 @@ Needs Flax: ``pip install numpyro_pvmc[networks]``. A row of zeros stands for a 
 or beyond the ends of the series; so the networks here surround a series with such rows, and meet nothing new at its ends.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ class _Convolutions(nnx.Module):
         self.beyond = len(recipe.channels) * (recipe.width - 1)
         self.hidden = nnx.List(
             nnx.Conv(before, after, kernel_size=(recipe.width,), padding="VALID", rngs=rngs)
-            for before, after in zip(sizes, sizes[1:], strict=False)
+            for before, after in itertools.pairwise(sizes)
         )
         self.output = nnx.Linear(sizes[-1], out_features, kernel_init=_AT_ZERO, rngs=rngs)
 
