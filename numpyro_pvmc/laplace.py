@@ -131,7 +131,7 @@ def laplace(chain: Chain, coordinates: Coordinates, start: Proposal, iterations:
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
             f"The density of the model's states {sorted(chain.structure.sites)} cannot be differentiated twice, as the search "
-            "for its mode needs; see the error above. Loops of a number of turns that is not known beforehand, and callbacks to "
+            "for its mode needs; see the error above. Loops of an unknown number of turns, and callbacks to "
             "Python, are common causes. Start elsewhere: proposals that are refitted to weighted particles need no derivatives."
         ) from error
     _, factor = _solve(on, below, jnp.zeros_like(z))
