@@ -10,4 +10,12 @@ from numpyro_pvmc.supervised import SupervisedELBO
 
 __version__ = "0.1.0"
 
-__all__ = ["PVMC", "AutoAmortisedNormal", "AutoSmoothedNormal", "ImportanceSmoothedELBO", "SmoothedPosterior", "SupervisedELBO", "markov"]
+__all__ = [
+    "PVMC",
+    "AutoAmortisedNormal",
+    "AutoSmoothedNormal",
+    "ImportanceSmoothedELBO",
+    "SmoothedPosterior",
+    "SupervisedELBO",
+    "markov",
+]

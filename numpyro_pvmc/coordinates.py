@@ -71,8 +71,16 @@ def coordinates_of_model(chain: Chain) -> Coordinates:
     """Coordinates in which the sites of a model have no constraints.
 
     :param chain: the chain of the model.
+    :raises ValueError: if a site is discrete.
     """
-    of_sites = {name: dist.biject_to(support) for name, support in supports(chain).items()}
+    constraints = supports(chain)
+    for name, support in constraints.items():
+        if support.is_discrete:
+            raise ValueError(
+                f"Latent site '{name}' is discrete, and no Gaussian proposes its values. Sample it in a guide of your own, or "
+                "sum it out of the model, as with `dist.MixtureSameFamily`."
+            )
+    of_sites = {name: dist.biject_to(support) for name, support in constraints.items()}
     return _coordinates(chain.structure, of_sites)
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_pvmc.chain import Chain, presence
 from numpyro_pvmc.coordinates import Coordinates, Proposal, from_coordinates, log_jacobians
+from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.moments import Moments, dense
-from numpyro_pvmc.potentials import Particles, target
 
 _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e8
 

@@ -253,3 +253,14 @@ def test_errors_name_the_cause():
         at_mode(program, jnp.ones(3))
     with pytest.raises(ValueError, match="positive integer, but got 0"):
         at_mode(counts, jnp.ones(3), 1.0, iterations=0)
+
+    def switching(y):
+        def step(s_prev, y_t):
+            s = numpyro.sample("s", dist.Bernoulli(0.3 + 0.5 * s_prev))
+            numpyro.sample("y", dist.Normal(s, 1.0), obs=y_t)
+            return s, None
+
+        scan(step, jnp.array(0), y)
+
+    with pytest.raises(ValueError, match="'s' is discrete"):
+        at_mode(switching, jnp.ones(3))
