@@ -5,6 +5,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from jax import random
+from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc import PVMC, AutoAmortisedNormal
@@ -51,3 +52,10 @@ def trained(program, *args, network=SMALL, steps=3, **choices):
     guide = AutoAmortisedNormal(program, network, **choices)
     pvmc = PVMC(program, guide, optax.adam(1e-2), num_particles=4)
     return guide, pvmc, pvmc.run(random.key(0), steps, *args, progress_bar=False, grow=False).params
+
+
+def initialised(program, *args, network=SMALL, **choices):
+    """A guide as it begins, and its parameters and mutable state."""
+    guide = AutoAmortisedNormal(program, network, **choices)
+    sites = handlers.trace(handlers.seed(guide, 0)).get_trace(*args)
+    return guide, {name: site["value"] for name, site in sites.items() if site["type"] in ("param", "mutable")}

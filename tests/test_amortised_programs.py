@@ -16,7 +16,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 
-from autoregressions import SMALL, A, Q, R, model, simulate, trained
+from autoregressions import SMALL, A, Q, R, initialised, model, simulate, trained
 from models import BY_NAME
 from numpyro_pvmc import PVMC, AutoAmortisedNormal, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import observations, read_chain, read_structure
@@ -68,6 +68,9 @@ def test_what_is_read():
     assert np.isnan(values_of(BY_NAME["series"].model, y)[0]).all()
     y, present = BY_NAME["padded"].args
     assert_allclose(values_of(BY_NAME["padded"].model, y, present)[1:, :, 0], np.where(present, y, np.nan), rtol=1e-6)
+    # A mask hides what is a number, too.
+    read = values_of(BY_NAME["padded"].model, np.nan_to_num(y, nan=7.0), present)
+    assert_array_equal(np.isnan(read[1:, :, 0]), ~present)
     for name in ("after_the_scan", "after_the_scan_as_event", "after_the_scan_in_plates"):
         (y,), length = BY_NAME[name].args, BY_NAME[name].length
         assert_allclose(values_of(BY_NAME[name].model, y)[1:, ..., 0], y[-length:], rtol=1e-6)
@@ -98,33 +101,9 @@ def test_what_is_read_of_two_plates_and_batches_between_them():
     read = values_of(program, y, z)
     assert_array_equal(read[1:, ..., :4], np.moveaxis(y, 2, -1))
     assert_array_equal(read[1:, ..., 4:], z[:, :, 0])
-    _, pvmc, params = trained(program, y, z)
-    assert pvmc.posterior(random.key(0), params, y, z).mean()["x"].shape == (5, 2, 3)
-
-
-@pytest.mark.parametrize(
-    "name", ["autoregression_1", "deterministic_start", "two_coupled_sites", "matrix", "positive", "padded"]
-)
-def test_programs(name):
-    """Log densities are finite, and the laws can be read as Gaussians, those that `quantiles` tells."""
-    program = BY_NAME[name]
-    guide, pvmc, params = trained(program.model, *program.args, steps=1)
-    arguments = Arguments(program.args)
-    structure = read_structure(program.model, arguments, {})
-    _, proposal = read_proposal(structure, guide, arguments, params)
-    posterior = pvmc.posterior(random.key(0), params, *program.args)
-    assert np.isfinite(posterior.log_normalizer).all()
-    found = guide.quantiles(params, [0.2, 0.5, 0.8], *program.args)
-    for site, latent in structure.step.items():
-        assert found[site].shape == (3, program.length, *latent.shape)
-        assert (found[site][0] < found[site][1]).all()
-        assert (found[site][1] < found[site][2]).all()
-    if name == "matrix":
-        assert_allclose(proposal.steps.mean.ravel(), found["x"][1].ravel(), rtol=1e-5)
-    draws = guide.sample_posterior(random.key(1), params, *program.args, sample_shape=(300, 2))
-    for site in structure.sites:
-        share = np.mean(draws[site] < found[site][0])
-        assert abs(share - 0.2) < 4 * (0.2 * 0.8 / draws[site].size) ** 0.5 + 1e-3
+    guide, params = initialised(program, y, z)
+    assert params["auto_features"].shape == (2, 6)
+    assert guide.median(params, y, z)["x"].shape == (5, 2, 1, 3)
 
 
 class Flax(nnx.Module):
@@ -154,7 +133,33 @@ class Equinox(equinox.Module):
         return jax.vmap(self.layer)(x)
 
 
-@pytest.mark.parametrize("network", [Flax, Equinox, Flax(2, 2, random.key(0)), Equinox(2, 2, random.key(0)), Recurrent(3)])
+@pytest.mark.parametrize(
+    "name", ["autoregression_1", "deterministic_start", "two_coupled_sites", "matrix", "positive", "padded"]
+)
+def test_programs(name):
+    """Log densities are finite, and the laws can be read as Gaussians, those that `quantiles` tells."""
+    program = BY_NAME[name]
+    guide, params = initialised(program.model, *program.args, network=Flax)
+    pvmc = PVMC(program.model, guide, num_particles=4)
+    arguments = Arguments(program.args)
+    structure = read_structure(program.model, arguments, {})
+    _, proposal = read_proposal(structure, guide, arguments, params)
+    posterior = pvmc.posterior(random.key(0), params, *program.args)
+    assert np.isfinite(posterior.log_normalizer).all()
+    found = guide.quantiles(params, [0.2, 0.5, 0.8], *program.args)
+    for site, latent in structure.step.items():
+        assert found[site].shape == (3, program.length, *latent.shape)
+        assert (found[site][0] < found[site][1]).all()
+        assert (found[site][1] < found[site][2]).all()
+    if name == "matrix":
+        assert_allclose(proposal.steps.mean.ravel(), found["x"][1].ravel(), rtol=1e-5)
+    draws = guide.sample_posterior(random.key(1), params, *program.args, sample_shape=(300, 2))
+    for site in structure.sites:
+        share = np.mean(draws[site] < found[site][0])
+        assert abs(share - 0.2) < 4 * (0.2 * 0.8 / draws[site].size) ** 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("network", [Flax, Equinox(2, 2, random.key(0)), Recurrent(3)])
 def test_networks_of_flax_and_equinox_learn(network):
     y = jnp.asarray(simulate(0, 6, 3))
     guide, pvmc, params = trained(model, y, network=network, steps=5)
@@ -222,27 +227,27 @@ def test_global_sites_have_a_guide_of_their_own():
 def test_features_of_the_users_own():
     y = jnp.asarray(simulate(0, 6, 3))
     for rows in (lambda y: jnp.stack([y, y**2], -1), lambda y: jnp.ones((7, 3, 2))):
-        _, _, params = trained(model, y, features=rows)
+        _, params = initialised(model, y, features=rows)
         assert params["auto_features"].shape == (2, 2)
     with pytest.raises(ValueError, match=r"shape \(6, 3\), but the chain needs \(6, 3, 'E'\)"):
-        trained(model, y, features=lambda y: y)
+        initialised(model, y, features=lambda y: y)
 
 
 def test_errors_name_the_cause():
     y = jnp.asarray(simulate(0, 6, 3))
     with pytest.raises(ValueError, match=r"returned an array of shape \(7, 3\) .* needs \(7, 2\): a location and a log scale"):
-        trained(model, y, network=Flax(2, 3, random.key(0)))
+        initialised(model, y, network=Flax(2, 3, random.key(0)))
     with pytest.raises(ValueError, match=r"cannot read the features .* shape \(7, 2\)"):
-        trained(model, y, network=Flax(5, 2, random.key(0)))
+        initialised(model, y, network=Flax(5, 2, random.key(0)))
     with pytest.raises(ValueError, match="`LayerNorm`"):
-        trained(model, y, network=Normalised)
+        initialised(model, y, network=Normalised)
     with pytest.raises(TypeError, match="but made a function"):
-        trained(model, y, network=lambda *_: lambda x: x)
+        initialised(model, y, network=lambda *_: lambda x: x)
     with pytest.raises(TypeError, match="but got a int"):
         AutoAmortisedNormal(model, 3)
-    guide, _, params = trained(model, y)
+    guide, params = initialised(model, y)
     for ask in (guide.median, lambda params: guide.sample_posterior(random.key(0), params)):
         with pytest.raises(ValueError, match="reads the data: pass the arguments"):
             ask(params)
     with pytest.raises(ValueError, match="observes nothing"):
-        trained(lambda: scan(lambda x, _: (numpyro.sample("x", dist.Normal(x, 1.0)), None), 0.0, None, length=3))
+        initialised(lambda: scan(lambda x, _: (numpyro.sample("x", dist.Normal(x, 1.0)), None), 0.0, None, length=3))

@@ -197,6 +197,21 @@ def test_finds_the_mode(program, place):
     assert negative(points.mean.ravel())[0] <= best.fun + 1e-4
 
 
+def test_steps_that_overshoot_are_damped():
+    """Far from a sharp observation of logistic tails the density is all slope, and a Newton step lands as far beyond it."""
+
+    def program(y):
+        def step(x_prev, y_t):
+            x = numpyro.sample("x", dist.Normal(0.9 * x_prev, 1.0))
+            numpyro.sample("y", dist.Logistic(x, 0.05), obs=y_t)
+            return x, None
+
+        scan(step, 0.0, y)
+
+    chain, coordinates, found = at_mode(program, jnp.sin(jnp.arange(10.0)), place=4.0)
+    assert slope(chain, coordinates, found) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["two_coupled_sites", "matrix", "after_the_scan_in_plates", "late_start"])
 def test_programs(name):
     """The covariances are those of the inverse of the whole matrix of second derivatives."""
