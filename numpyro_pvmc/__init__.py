@@ -1,5 +1,6 @@
 """Parallel variational Monte Carlo for state-space models written in NumPyro."""
 
+from numpyro_pvmc.amortised import AutoAmortisedNormal
 from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.infer import PVMC
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
@@ -9,4 +10,12 @@ from numpyro_pvmc.supervised import SupervisedELBO
 
 __version__ = "0.1.0"
 
-__all__ = ["PVMC", "AutoSmoothedNormal", "ImportanceSmoothedELBO", "SmoothedPosterior", "SupervisedELBO", "markov"]
+__all__ = [
+    "PVMC",
+    "AutoAmortisedNormal",
+    "AutoSmoothedNormal",
+    "ImportanceSmoothedELBO",
+    "SmoothedPosterior",
+    "SupervisedELBO",
+    "markov",
+]

@@ -142,6 +142,38 @@ def presence(chain: Chain) -> dict[str, jax.Array] | None:
     return _at_all_steps(chain, lambda sites: {name: _unmasked(sites[name], chain) > 0 for name in chain.structure.step})
 
 
+def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
+    """What a chain observes, by step: the elements of its observed sites one after the other, E of them.
+
+    The observations of the first row are those made at the chain's beginning. If they have as many elements as those of a step
+    they are taken to be of the same kind, and otherwise have elements of their own.
+
+    :param chain: the chain.
+    :return: values, of shape ``(T + 1, *plates, E)``, zero where there are none; and where there are some: not masked, and
+        finite.
+    """
+    structure = chain.structure
+    plates = tuple(plate.size for plate in structure.plates)
+
+    def at_step(sites):
+        observed = [site for site in sites.values() if site["type"] == "sample" and site["is_observed"]]
+        return _join([_elements(site, structure, 0) for site in observed], plates)
+
+    absent = lambda pair: jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), pair)
+    parts = [absent(_at_all_steps(chain, at_step))]
+    for name in structure.later_factors:
+        rows = _elements(chain.outside[name], structure, 1)
+        parts.append(absent(rows) if len(rows[0]) == structure.length else rows)
+    values, present = _join(parts, (structure.length + 1, *plates))
+    beginning = [_elements(chain.outside[name], structure, 0) for name in structure.initial_factors]
+    first_values, first_present = _join(beginning, plates)
+    if first_values.shape[-1] == values.shape[-1] and not structure.later_factors:
+        return values.at[0].set(first_values), present.at[0].set(first_present)
+    rest = lambda x: jnp.zeros((structure.length, *x.shape), x.dtype)
+    own = [jnp.concatenate([x[None], rest(x)]) for x in (first_values, first_present)]
+    return _join([(values, present), tuple(own)], (structure.length + 1, *plates))
+
+
 def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax.Array:
     """Log density of the observed sites after the scan, for the outputs of one particle at each time.
 
@@ -276,6 +308,28 @@ def _seen_after_scan(site, structure):
         return 1
     rows = jax.vmap(lambda row: per_series(row.astype(jnp.int32), structure.plates))(mask)
     return rows[-structure.length :] > 0
+
+
+def _elements(site, structure, leading):
+    """Values of an observed site, ``(*leading, *plates, E)``, and where there are some."""
+    shape, event_dim = site["fn"].shape(), site["fn"].event_dim
+    border = len(shape) - event_dim
+    value, mask = jnp.broadcast_to(site["value"], shape), mask_of(site)
+    present = jnp.isfinite(value)
+    if mask is not None:
+        present = present & mask.reshape(mask.shape + (1,) * event_dim)
+    kept = [*range(leading), *(border + plate.dim for plate in structure.plates)]
+    order = kept + [axis for axis in range(len(shape)) if axis not in kept]
+
+    def flat(x):
+        return x.transpose(order).reshape(*(shape[axis] for axis in kept), -1)
+
+    return flat(jnp.where(present, value, 0).astype(jnp.result_type(float))), flat(present)
+
+
+def _join(parts, shape):
+    empty = jnp.zeros((*shape, 0)), jnp.zeros((*shape, 0), bool)
+    return tuple(jnp.concatenate(arrays, -1) for arrays in zip(empty, *parts, strict=True))
 
 
 def _at_all_steps(chain, function):

@@ -23,7 +23,7 @@ from numpyro_pvmc.densities import Particles
 from numpyro_pvmc.moments import Moments, dense
 from numpyro_pvmc.program import Arguments, log_densities
 from numpyro_pvmc.proposal import check_guide
-from numpyro_pvmc.structure import Latent, Structure
+from numpyro_pvmc.structure import Latent, Structure, per_series
 
 
 class Block(NamedTuple):
@@ -71,8 +71,16 @@ def coordinates_of_model(chain: Chain) -> Coordinates:
     """Coordinates in which the sites of a model have no constraints.
 
     :param chain: the chain of the model.
+    :raises ValueError: if a site is discrete.
     """
-    of_sites = {name: dist.biject_to(support) for name, support in supports(chain).items()}
+    constraints = supports(chain)
+    for name, support in constraints.items():
+        if support.is_discrete:
+            raise ValueError(
+                f"Latent site '{name}' is discrete, and no Gaussian proposes its values. Sample it in a guide of your own, or "
+                "sum it out of the model, as with `dist.MixtureSameFamily`."
+            )
+    of_sites = {name: dist.biject_to(support) for name, support in constraints.items()}
     return _coordinates(chain.structure, of_sites)
 
 
@@ -95,6 +103,22 @@ def from_coordinates(blocks: tuple[Block, ...], coordinates: jax.Array) -> dict[
     """
     parts = _split(blocks, coordinates)
     return {block.latent.name: block.transform(_native(block, part)) for block, part in zip(blocks, parts, strict=True)}
+
+
+def log_jacobians(structure: Structure, blocks: tuple[Block, ...], coordinates: jax.Array) -> dict[str, jax.Array]:
+    """Logs of the volumes that sites have for one of coordinates.
+
+    :param structure: the structure of the chain.
+    :param blocks: the sites of one point.
+    :param coordinates: an array of shape ``(*plates, D)``.
+    :return: ``{site: (*plates)}``.
+    """
+    volumes = {}
+    for block, part in zip(blocks, _split(blocks, coordinates), strict=True):
+        unconstrained = _native(block, part)
+        volume = block.transform.log_abs_det_jacobian(unconstrained, block.transform(unconstrained))
+        volumes[block.latent.name] = per_series(volume, structure.plates)
+    return volumes
 
 
 def sample_sites(blocks: tuple[Block, ...], moments: Moments, infer: dict[str, Any] | None = None) -> dict[str, jax.Array]:
