@@ -16,9 +16,9 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger, mutable
 
 from numpyro_pvmc.chain import Chain, observations, read_chain, read_structure
-from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, to_coordinates
+from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
 from numpyro_pvmc.moments import Moments, spread
-from numpyro_pvmc.program import Arguments, run
+from numpyro_pvmc.program import Arguments, signature
 from numpyro_pvmc.refinement import sample_proposal
 from numpyro_pvmc.structure import Structure
 
@@ -190,12 +190,10 @@ class AutoAmortisedNormal(AutoGuide):
         return coordinates, Proposal(initial, moments(output[1:], of_steps, sizes[1]))
 
     def _chain(self, arguments: Arguments) -> Chain:
-        leaves, treedef = jax.tree.flatten(arguments)
-        signature = treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        structure = self._structures.get(signature)
-        if structure is None:
-            structure = read_structure(self.model, arguments, {})
-            self._structures[signature] = structure
+        known_for = signature(arguments)
+        if known_for not in self._structures:
+            self._structures[known_for] = read_structure(self.model, arguments, {})
+        structure = self._structures[known_for]
         if structure.global_sites:
             raise ValueError(
                 f"`AutoAmortisedNormal` proposes the sites of the chain, and the model has others: {structure.global_sites}. "
@@ -334,12 +332,8 @@ def _prior_spread(chain):
     structure, coordinates = chain.structure, coordinates_of_model(chain)
     points = structure.length * math.prod(plate.size for plate in structure.plates)
     number = min(max(_PRIOR_POINTS // max(points, 1), 4), 256)
-
-    def draw(rng_key):
-        values = {name: site["value"] for name, site in run(chain.model, chain.arguments, {}, rng_key).items()}
-        return [to_coordinates(blocks, values) if blocks else jnp.zeros((1, 0)) for blocks in coordinates]
-
-    return [_pooled(draws) for draws in jax.vmap(draw)(random.split(random.key(0), number))]
+    draws = prior_coordinates(chain, coordinates, random.key(0), number)
+    return [_pooled(jnp.zeros((1, 0)) if part is None else part) for part in draws]
 
 
 def _pooled(draws):

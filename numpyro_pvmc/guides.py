@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax import random
 from jax.scipy.special import ndtri
-from numpyro.handlers import substitute
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import mutable
 
 from numpyro_pvmc.chain import Chain, read_chain, read_structure
-from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, to_coordinates
+from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
+from numpyro_pvmc.laplace import laplace
 from numpyro_pvmc.moments import Moments, dense, diagonal, spread
 from numpyro_pvmc.potentials import Lattice
-from numpyro_pvmc.program import Arguments, run
+from numpyro_pvmc.program import Arguments, is_traced, signature
 from numpyro_pvmc.refinement import refitted, sample_proposal
 from numpyro_pvmc.structure import Structure
 
 COVARIANCES = ("diagonal", "full")
+INITS = ("prior", "laplace")
 
 _DRAWS = 128  # of the prior, for where to start
 
@@ -40,6 +41,8 @@ class AutoSmoothedNormal(AutoGuide):
     :param model: a NumPyro program with a chain.
     :param covariance: of the sites of one step and series: ``"diagonal"`` or ``"full"``.
     :param prefix: begins the name of the mutable state.
+    :param init: ``"prior"``, or ``"laplace"`` to go on from there to the mode of all states and start with the curvature there
+        (:func:`numpyro_pvmc.laplace.laplace`), for models that are differentiable; good where transitions are tight.
     :param init_loc_fn: where to start, one of NumPyro's initialisation strategies; by default the medians of draws of the
         prior.
     :param init_scale: standard deviations to start with, in unconstrained space; by default the spread of draws of the prior.
@@ -75,6 +78,7 @@ class AutoSmoothedNormal(AutoGuide):
         *,
         covariance: str = "diagonal",
         prefix: str = "auto",
+        init: str = "prior",
         init_loc_fn: Callable | None = None,
         init_scale: float | None = None,
         rate: float = 0.5,
@@ -85,8 +89,10 @@ class AutoSmoothedNormal(AutoGuide):
             raise ValueError(f"`rate` must be above 0 and at most 1, but got {rate}.")
         if init_scale is not None and not init_scale > 0:
             raise ValueError(f"`init_scale` must be positive, but got {init_scale}.")
+        if init not in INITS:
+            raise ValueError(f"`init` must be one of {INITS}, but got {init!r}.")
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
-        self.covariance, self.init_scale, self.rate = covariance, init_scale, rate
+        self.init, self.covariance, self.init_scale, self.rate = init, covariance, init_scale, rate
         self._names = {of: tuple(f"{prefix}_{of}_{part}" for part in Moments._fields) for of in Coordinates._fields}
         self._structures: dict[Any, Structure] = {}
         self._coordinates: Coordinates | None = None
@@ -109,7 +115,7 @@ class AutoSmoothedNormal(AutoGuide):
             return sample_proposal(self._coordinates, self.proposal(state))
         chain = read_chain(structure, self.model, arguments, {})
         coordinates = coordinates_of_model(chain)
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(_transforms(coordinates))):
+        if not is_traced([block.transform for block in (*coordinates.initial, *coordinates.steps)]):
             self._coordinates = coordinates
         names = [name for point in ("initial", "steps") if getattr(coordinates, point) for name in self._names[point]]
         state = {name: mutable(name) for name in names}
@@ -125,21 +131,15 @@ class AutoSmoothedNormal(AutoGuide):
         :return: mutable state, by name.
         """
         coordinates = coordinates_of_model(chain)
-
-        def prior(rng_key, strategy=None):
-            model = self.model if strategy is None else substitute(self.model, substitute_fn=strategy)
-            sites = run(model, chain.arguments, chain.values, rng_key)
-            values = {name: sites[name]["value"] for name in chain.structure.sites}
-            initial = to_coordinates(coordinates.initial, values)[None] if coordinates.initial else None
-            return Proposal(initial, to_coordinates(coordinates.steps, values))
-
-        draws = jax.vmap(prior)(random.split(random.key(0), _DRAWS))
+        draws = prior_coordinates(chain, coordinates, random.key(0), _DRAWS)
         proposal = Proposal(*(None if part is None else spread(part) for part in draws))
         if self.init_loc_fn is not None:
-            place = prior(random.key(0), self.init_loc_fn)
+            place = prior_coordinates(chain, coordinates, random.key(0), 1, self.init_loc_fn)
             proposal = Proposal(*(_replace(part, mean=mean) for part, mean in zip(proposal, place, strict=True)))
         if self.init_scale is not None:
             proposal = Proposal(*(_replace(part, factor=self.init_scale) for part in proposal))
+        if self.init == "laplace":
+            proposal = laplace(chain, coordinates, proposal)
         kind = dense if self.covariance == "full" else diagonal
         return self._state(Proposal(*(None if part is None else kind(part) for part in proposal)))
 
@@ -197,11 +197,10 @@ class AutoSmoothedNormal(AutoGuide):
         return self._values([None if moments is None else one(moments) for moments in self._proposal(params)])
 
     def _structure(self, arguments):
-        leaves, treedef = jax.tree.flatten(arguments)
-        signature = treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        if signature not in self._structures:
-            self._structures[signature] = read_structure(self.model, arguments, {})
-        return self._structures[signature]
+        known_for = signature(arguments)
+        if known_for not in self._structures:
+            self._structures[known_for] = read_structure(self.model, arguments, {})
+        return self._structures[known_for]
 
     def _state(self, proposal):
         parts = {of: part for of, part in zip(Proposal._fields, proposal, strict=True) if part is not None}
@@ -240,12 +239,9 @@ def _names(coordinates):
     return {block.latent.name for block in (*coordinates.initial, *coordinates.steps)}
 
 
-def _transforms(coordinates):
-    return [block.transform for block in (*coordinates.initial, *coordinates.steps)]
-
-
 def _replace(moments: Moments | None, mean: Any = None, factor: Any = None) -> Moments | None:
     if moments is None:
         return None
     mean = moments.mean if mean is None else mean
+    mean = mean.reshape(moments.mean.shape)
     return Moments(mean, moments.factor if factor is None else jnp.full_like(moments.factor, factor))

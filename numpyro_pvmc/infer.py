@@ -17,7 +17,7 @@ from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.phases import growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
-from numpyro_pvmc.program import Arguments, parameter_names
+from numpyro_pvmc.program import Arguments, is_traced, parameter_names, signature
 from numpyro_pvmc.proposal import check_guide, refuse_discrete
 from numpyro_pvmc.smoother import check_refinement, sample, smooth, warn_of_collapse
 from numpyro_pvmc.structure import Structure
@@ -123,20 +123,20 @@ class PVMC(SVI):
         if not isinstance(self.loss, ImportanceSmoothedELBO):
             return super().init(rng_key, *args, init_params=init_params, **kwargs)
         arguments, params = self._arguments(args, kwargs), init_params or {}
-        signature = _signature((rng_key, arguments, params))
-        structure, constrain_fn = self._known.get(signature, (None, None))
+        known_for = signature((rng_key, arguments, params))
+        structure, constrain_fn = self._known.get(known_for, (None, None))
         if structure is None:
             # Before NumPyro looks: what cannot be read has a name here.
             structure = read_structure(self.model, arguments, params)
             refuse_discrete(structure, self.guide)
-        if not _is_traced((arguments, params)):
+        if not is_traced((arguments, params)):
             check_data(structure, self.model, arguments, params)
         if constrain_fn is None:
             state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
             constrain_fn = self.constrain_fn
             if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(constrain_fn.args)):
                 return state  # constraints that may be of these very data
-            self._known[signature] = structure, constrain_fn
+            self._known[known_for] = structure, constrain_fn
         self.constrain_fn = constrain_fn
         return self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
 
@@ -158,15 +158,7 @@ class PVMC(SVI):
     def stable_update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> tuple[SVIState, jax.Array]:
-        """Like :meth:`update`, but keep the old state if the loss or the new state is not finite.
-
-        :param svi_state: the state.
-        :param args: arguments of the model and the guide.
-        :param forward_mode_differentiation: not available.
-        :param kwargs: keyword arguments of the model and the guide.
-        :return: the new state or the old one, and the loss.
-        :raises ValueError: if `forward_mode_differentiation` is asked for.
-        """
+        """Like :meth:`update`, with the same arguments, but keep the old state if the loss or the new state is not finite."""
         _refuse_forward_mode(forward_mode_differentiation)
         return self._compiled_update(svi_state, Arguments(args, kwargs), stable=True)
 
@@ -230,7 +222,7 @@ class PVMC(SVI):
                 phases = growth(num_steps, self.loss.num_particles)
                 frozen = self._parameters_of_the_model(state, self._arguments(args, kwargs))
         losses, total = [], 0
-        hidden = not progress_bar or _is_traced((state, arguments))
+        hidden = not progress_bar or is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
             for num_particles, steps in phases:
                 for done in range(0, steps, _CHUNK):
@@ -285,7 +277,7 @@ class PVMC(SVI):
         """
         check_refinement(refine, temper)
         posterior = self._compiled_posterior(rng_key, params, self._arguments(args, kwargs), temper, refine=refine)
-        if refine and not _is_traced(posterior):
+        if refine and not is_traced(posterior):
             warn_of_collapse(posterior)
         return posterior
 
@@ -353,8 +345,7 @@ class PVMC(SVI):
     def _at(self, state):
         own = copy.copy(self)
         if isinstance(self.loss, ImportanceSmoothedELBO):
-            number_of_updates, _ = state.optim_state
-            own.loss = self.loss.at_update(number_of_updates)
+            own.loss = self.loss.at_update(state.optim_state[0])
         return own
 
     def _updates(self, state, arguments, count, left, num_particles, frozen, rounds, stable):
@@ -397,16 +388,6 @@ def _refuse_forward_mode(asked):
             "`forward_mode_differentiation=True` is not available: the doubly reparameterised gradient is a rule for "
             "reverse-mode differentiation. Leave it out."
         )
-
-
-def _signature(tree):
-    """What of arguments a compiled function is compiled for."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-
-
-def _is_traced(tree):
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def _report(loss, num_particles, losses):

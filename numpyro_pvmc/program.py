@@ -54,6 +54,23 @@ class Arguments:
         return self
 
 
+def signature(tree: Any) -> Hashable:
+    """What of a pytree a compiled function is compiled for: its structure, shapes and types.
+
+    :param tree: a pytree, such as :class:`Arguments`.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether a pytree has arrays without numbers yet.
+
+    :param tree: a pytree.
+    """
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def _hashable(leaf):
     if not isinstance(leaf, Hashable) or (hasattr(leaf, "__array__") and not isinstance(leaf, np.generic)):
         raise TypeError(

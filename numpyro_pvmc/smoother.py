@@ -138,8 +138,9 @@ def warn_of_collapse(posterior: SmoothedPosterior) -> None:
         warnings.warn(
             f"After refinement the effective sample size of site '{worst}' is below {least:.1f} of {number} in "
             f"{100 * low.mean():.0f}% of its steps and series, {where} (least {np.nanmin(sizes[worst]):.1f}): do not trust "
-            "these. More rounds (`refine`), more particles, or a gentler start (`temper=0.02`) may help; transitions with very "
-            "little noise need many particles.",
+            "these. More rounds (`refine`), more particles, tempered rounds (`temper=0.02`) or a start at the mode "
+            "(`AutoSmoothedNormal(model, covariance='full', init='laplace')`) may help; transitions with very little noise "
+            "need many particles.",
             stacklevel=3,
         )
 
