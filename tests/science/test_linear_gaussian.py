@@ -12,11 +12,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from record import record
 
 from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
 from numpyro_pvmc import PVMC
 from oracles import kalman_filter, rts_smoother
+from record import record
 
 LONG_RUNS = True
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from record import record
 
 import prey_predator
 from numpyro_pvmc import PVMC
+from record import record
 
 LONG_RUNS = True
 

@@ -13,10 +13,10 @@ from cuthbert.smc import particle_filter
 from cuthbertlib.resampling import adaptive, systematic
 from jax import random
 from numpyro.contrib.control_flow import scan
-from record import record
 
 from numpyro_pvmc import PVMC, AutoSmoothedNormal
 from numpyro_pvmc.datasets import load_sp500_returns
+from record import record
 
 LONG_RUNS = True
 
