@@ -13,7 +13,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 
-from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
+from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 
 LONG_RUNS = True
 
@@ -161,6 +161,24 @@ def test_where_it_starts():
     assert_allclose(params["auto_steps_factor"][5:].mean(), 0.5 / np.sqrt(1 - 0.25), rtol=0.1)
 
 
+def test_a_start_at_the_mode():
+    known = {"a": jnp.asarray(0.9)}
+    guides = [AutoSmoothedNormal(counts, init=init) for init in ("prior", "laplace")]
+    sizes = [
+        PVMC(counts, guide, num_particles=64).posterior(random.key(0), known, Y).effective_sample_size()["x"]
+        for guide in guides
+    ]
+    assert sizes[0].min() < 30
+    assert sizes[1].min() > 50
+
+
+def test_a_supervised_loss_refits_too():
+    truth = SupervisedELBO(lambda y: {"x": jnp.zeros(T)}, 64)
+    pvmc = PVMC(counts, AutoSmoothedNormal(counts), optax.sgd(0.0), truth)
+    result = pvmc.run(random.key(0), 15, Y, progress_bar=False)
+    assert pvmc.posterior(random.key(1), result.params, Y).effective_sample_size()["x"].min() > 50
+
+
 def test_known_parameters_decide_where_a_blind_start_is():
     def model(y):
         level = numpyro.param("level", 0.0)
@@ -188,6 +206,7 @@ def test_moments_belong_to_one_data_set():
 def test_errors():
     for arguments, message in [
         ({"covariance": "low_rank"}, "`covariance` must be one of"),
+        ({"init": "map"}, "`init` must be one of"),
         ({"rate": 0.0}, "`rate` must be above 0"),
         ({"init_scale": -1.0}, "`init_scale` must be positive"),
     ]:

@@ -301,3 +301,44 @@ def test_long_chains_keep_their_weights_in_float32():
     with jax.enable_x64(True):
         exact = smoothing.log_normalizer(jnp.asarray(node, float), jnp.asarray(edge, float))
     assert_allclose(smoothing.log_normalizer(node, edge), exact, rtol=1e-6)
+
+
+@both_methods
+@pytest.mark.parametrize("masked", [False, True])
+def test_value_weights_and_gradient_in_one_pass(x64, masked, method):
+    node, edge, mask = random_chain(4, (2,), 3, masked)
+    scale = jnp.asarray(1.3)
+
+    def edges(scale):
+        return smoothing.Edges(lambda inputs: scale * inputs[0], (edge, jnp.arange(3)))
+
+    @jax.jit
+    def both(node, scale):
+        value, log_weights = smoothing.log_normalizer_and_weights(node, edges(scale), mask, method)
+        return value + jnp.where(jnp.isfinite(log_weights), log_weights, 0.0).sum(), log_weights  # the weights are constants
+
+    plain = lambda node, scale: smoothing.log_normalizer(node, edges(scale), mask, method).sum()
+    found, log_weights = both(node, scale)
+    exact = smoothing.marginals(node, edges(scale), mask, method).log_weights
+    assert_allclose(np.exp(log_weights), np.exp(exact), atol=1e-12)
+    finite = np.where(np.isfinite(log_weights), log_weights, 0.0).sum()
+    assert_allclose(found - finite, plain(node, scale), rtol=1e-12)
+    # Two times, for the cotangent is not always one.
+    ours = jax.grad(lambda *at: 2.0 * both(*at)[0], (0, 1))(node, scale)
+    assert_allclose(ours[0], 2 * jax.grad(plain)(node, scale), atol=1e-12)
+    assert_allclose(ours[1], 2 * jax.grad(plain, 1)(node, scale), rtol=1e-10)
+
+
+@both_methods
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_summed_in_single(method, dtype):
+    """2000 steps: in half precision alpha would lose whole units, or overflow."""
+    rng = np.random.default_rng(0)
+    length = 2000 if method == "sequential" else 300
+    node = jnp.asarray(10 + rng.normal(size=(length, 4)), dtype)
+    edge = jnp.asarray(rng.normal(size=(length - 1, 4, 4)), dtype)
+    found = smoothing.marginals(node, edge, method=method)
+    single = smoothing.marginals(node.astype(jnp.float32), edge.astype(jnp.float32), method=method)
+    assert found.log_normalizer.dtype == jnp.float32
+    assert_allclose(found.log_normalizer, single.log_normalizer, rtol=1e-6)
+    assert_allclose(np.exp(found.log_weights), np.exp(single.log_weights), atol=1e-4)

@@ -46,9 +46,9 @@ def exact():
 
 
 @functools.cache
-def log_evidence(num_particles, method="auto", number=4000):
+def log_evidence(num_particles, method="auto", number=4000, particles="iid"):
     """Estimates for one series, (number,)."""
-    loss = ImportanceSmoothedELBO(num_particles, method=method)
+    loss = ImportanceSmoothedELBO(num_particles, method=method, particles=particles)
     estimate = jax.jit(jax.vmap(lambda key: -loss.loss(key, {}, model, guide, jnp.asarray(Y)[:, None], 1)))
     return np.asarray(estimate(jax.random.split(jax.random.key(num_particles), number)), np.float64)
 
@@ -64,6 +64,19 @@ def test_evidence_is_unbiased(num_particles, method):
     number = 16_000 if num_particles == 2 else 4000
     ratio = np.exp(log_evidence(num_particles, method, number) - exact())
     assert_mean(ratio, 1.0, at_most_standard_error=0.02)
+
+
+@pytest.mark.parametrize("num_particles", [2, 8, 32])
+def test_evidence_is_unbiased_with_quasi_random_particles(num_particles):
+    number = 16_000 if num_particles == 2 else 4000
+    ratio = np.exp(log_evidence(num_particles, number=number, particles="rqmc") - exact())
+    assert_mean(ratio, 1.0, at_most_standard_error=0.02)
+
+
+def test_quasi_random_particles_are_better_ones():
+    independent, even = (log_evidence(32, particles=particles) for particles in ("iid", "rqmc"))
+    assert even.std() < 0.6 * independent.std()
+    assert even.mean() > independent.mean()
 
 
 def test_bound_rises_to_the_evidence_from_below():
