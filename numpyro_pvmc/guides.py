@@ -120,7 +120,8 @@ class AutoSmoothedNormal(AutoGuide):
         names = [name for point in ("initial", "steps") if getattr(coordinates, point) for name in self._names[point]]
         state = {name: mutable(name) for name in names}
         if any(value is None for value in state.values()):
-            state = {name: mutable(name, value) for name, value in self.start(chain).items()}
+            first = jax.jit(lambda arguments: self.start(read_chain(structure, self.model, arguments, {})))
+            state = {name: mutable(name, value) for name, value in first(arguments).items()}
         self._check_shape(state[names[-1]], chain.structure)
         return sample_proposal(coordinates, self.proposal(state), {"refitted_by": self})
 

@@ -15,7 +15,7 @@ from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 
-LONG_RUNS = True
+LONG_RUNS = False
 
 T = 40
 

@@ -139,7 +139,7 @@ def test_shapes_are_tidy_in_the_posterior_and_the_models_own_in_samples(model, p
     params = pvmc.get_params(pvmc.init(jax.random.key(0), y))
     posterior = pvmc.posterior(jax.random.key(2), params, y)
     assert posterior.log_normalizer.shape == plates
-    assert posterior.particles["x"].shape[: 2 + len(plates)] == (T, 3, *plates)
+    assert posterior.particles["x"].shape[: 2 + len(plates)] == (T, 4, *plates)
     samples = pvmc.sample_posterior(jax.random.key(3), params, y, sample_shape=(2,))
     traced = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace(y)
     assert all(value.shape == (2, *np.shape(traced[name]["value"])) for name, value in samples.items())

@@ -23,6 +23,12 @@ SHAPES = {"autoregression_4": (), "vector": (2,), "matrix": (3, 2, 2)}  # plates
 by_shape = pytest.mark.parametrize("name", SHAPES)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def single_precision():
+    """JAX may hand NumPy constants of another precision, from modules before this one, to programs of this one."""
+    jax.clear_caches()
+
+
 @functools.cache
 def smoothed(name, num_particles=8):
     """A posterior of a small program without parameters."""

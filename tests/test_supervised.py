@@ -211,7 +211,7 @@ FINITE = [  # error, number of particles, steps, filtering
     ("squared", 4, 5, False),
     ("squared", 1, 5, False),
     ("kernel", 4, 5, True),
-    ("kernel", 3, 1, False),
+    ("kernel", 2, 1, False),
     ("users", 4, 5, False),
 ]
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
+import pytest
 from cuthbert import filter as run_filter
 from cuthbert.smc import particle_filter
 from cuthbertlib.resampling import adaptive, systematic
@@ -49,6 +50,7 @@ def filter_evidence(key, y, mu, phi, s):
     return run_filter(filter_, y, filter_.init_prepare(key=key_init), key=key_filter).log_normalizing_constant[-1]
 
 
+@pytest.mark.slow
 def test_learned_from_a_poor_start():
     y = jnp.asarray(load_sp500_returns(2516)[0])
     pvmc = PVMC(model, AutoSmoothedNormal(model), optax.adam(0.1), num_particles=64)
