@@ -5,18 +5,17 @@ A chain is a beginning, `begin`, that gives the log density and the state of one
 reads the particle after only (*node*), the new state and the outputs. A deterministic start is a beginning without sites.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax, random
 
+from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.independence import check_independence
-from numpyro_pvmc.program import Arguments, Scan, Sites, log_prob, mask_of, run, run_body
+from numpyro_pvmc.program import Arguments, Scan, Site, Sites, log_prob, mask_of, run, run_body
 from numpyro_pvmc.structure import Structure, analyse, per_series, time_rows
 from numpyro_pvmc.survey import capture, first
 
@@ -139,7 +138,7 @@ def presence(chain: Chain) -> dict[str, jax.Array] | None:
     """
     if not chain.structure.masked:
         return None
-    return _at_all_steps(chain, lambda sites: {name: _unmasked(sites[name], chain) > 0 for name in chain.structure.step})
+    return at_all_steps(chain, lambda sites: {name: unmasked(sites[name], chain) > 0 for name in chain.structure.step})
 
 
 def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
@@ -160,7 +159,7 @@ def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
         return _join([_elements(site, structure, 0) for site in observed], plates)
 
     absent = lambda pair: jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), pair)
-    parts = [absent(_at_all_steps(chain, at_step))]
+    parts = [absent(at_all_steps(chain, at_step))]
     for name in structure.later_factors:
         rows = _elements(chain.outside[name], structure, 1)
         parts.append(absent(rows) if len(rows[0]) == structure.length else rows)
@@ -209,9 +208,38 @@ def supports(chain: Chain) -> dict[str, Any]:
     """Constraints on the values of the chain's latent sites, by name.
 
     :param chain: the chain.
+    :raises ValueError: naming a site whose constraint is not the same at all times and for all parameters.
     """
-    state, _ = _split(chain.structure, chain.scan.init)
-    _, _, sites = _run_step(chain, first(chain.inputs), state, {})
+    structure = chain.structure
+    state, _ = _split(structure, chain.scan.init)
+    of_site = _supports(chain, first(chain.inputs), state)
+    if not jax.tree.leaves(of_site):
+        return of_site
+    outside = [name for name, site in chain.outside.items() if site["type"] == "param" or name in structure.global_sites]
+    parts = {
+        "the state before": state,
+        "the inputs of the scan": first(chain.inputs),
+        "parameters or global sites": {name: chain.outside[name]["value"] for name in outside},
+    }
+
+    def look(parts):
+        there = read_chain(structure, chain.model, chain.arguments, {**chain.values, **parts["parameters or global sites"]})
+        found = _supports(there, parts["the inputs of the scan"], parts["the state before"])
+        return {name: [jnp.asarray(x) for x in jax.tree.leaves(support)] for name, support in found.items()}
+
+    asked = {what: part for what, part in parts.items() if jax.tree.leaves(part)}
+    for what, reads in influence(lambda asked: look(parts | asked), asked).items():
+        for name, read in reads.items():
+            if any(read) and not (name in structure.initial and what != "parameters or global sites"):
+                raise ValueError(
+                    f"The support of site '{name}' reads {what}: it has no unconstrained coordinates of its own, in which to "
+                    "propose. Sample an unconstrained site and transform it in the model, or write a guide for it."
+                )
+    return of_site
+
+
+def _supports(chain, inputs, state):
+    _, _, sites = _run_step(chain, inputs, state, {})
     return {name: {**chain.outside, **sites}[name]["fn"].support for name in chain.structure.sites}
 
 
@@ -223,70 +251,11 @@ def mutable_state(chain: Chain) -> dict[str, Any]:
     return {name: site["value"] for name, site in chain.outside.items() if site["type"] == "mutable"}
 
 
-def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
-    """Look at the numbers: refuse data that are not numbers, and masks that are not padding.
+def is_nan(site: Site) -> jax.Array:
+    """Where the value of a site has NaN, and no mask over it.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with, not traced.
-    :param values: values of parameters; those not given take their initial values.
-    :raises ValueError: naming the site and the first time.
+    :param site: an observed site.
     """
-    nan, nan_outside, observed, present = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
-    for name, count in nan.items():
-        if count.any():
-            raise ValueError(
-                f"The data of site '{name}' contain NaN, first at time {np.argmax(count > 0)} of the scan. Missing values need "
-                "a mask: replace nothing, and put `numpyro.handlers.mask(mask=~jnp.isnan(y_t))` around the site."
-            )
-    for name, missing in nan_outside.items():
-        if missing.any():
-            raise ValueError(
-                f"The data of site '{name}' contain NaN, first at index {tuple(int(i) for i in np.argwhere(missing)[0])}. "
-                "Missing values need a mask: put `numpyro.handlers.mask` around the site."
-            )
-    if present is None:
-        return
-    resumes = ~present[:-1] & present[1:]
-    starts_late = ~present[0]
-    if not structure.holding and (resumes.any() or (starts_late & present.any(0)).any()):
-        first_time = int(np.argmax(resumes.reshape(len(resumes), -1).any(-1)) + 1) if resumes.any() else int(
-            np.argmax(present.reshape(len(present), -1).all(-1))
-        )  # fmt: skip
-        raise ValueError(
-            f"The latent sites {sorted(structure.step)} are masked at some steps and unmasked at a later one (time "
-            f"{first_time} of the scan), and the state in between has no meaning. Hold it: return "
-            "`jnp.where(mask, x, x_prev)` as the new carry. (To skip a missing observation, mask the emission only.)"
-        )
-    lost = ~present & (observed > 0)
-    if lost.any():
-        raise ValueError(
-            f"At time {int(np.argmax(lost.reshape(len(lost), -1).any(-1)))} of the scan the latent sites "
-            f"{sorted(structure.step)} are masked, but an observation is not. A step without a state observes nothing: put "
-            "the emission under the same mask."
-        )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _look(structure, model, arguments, values):
-    """NaN by site and time; NaN by site outside the scan; number of observations, and presence, by time and series."""
-    chain = read_chain(structure, model, arguments, values)
-
-    def at_step(sites):
-        observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
-        nan = {name: _is_nan(site).sum() for name, site in observed.items()}
-        none = jnp.zeros([plate.size for plate in structure.plates], jnp.int32)
-        return nan, sum((_unmasked(site, chain) for site in observed.values()), start=none)
-
-    nan, observed = _at_all_steps(chain, at_step)
-    outside = (*structure.initial_factors, *structure.later_factors, *structure.global_factors)
-    nan_outside = {name: _is_nan(chain.outside[name]) for name in outside}
-    observed = observed + sum(_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors)
-    present = presence(chain)
-    return nan, nan_outside, observed, None if present is None else functools.reduce(jnp.logical_or, present.values())
-
-
-def _is_nan(site):
     if not jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating):
         return jnp.zeros((), bool)
     missing = jnp.isnan(site["value"])
@@ -295,45 +264,23 @@ def _is_nan(site):
     return missing if mask is None else missing & mask
 
 
-def _unmasked(site, chain):
-    """How many elements of a site are not masked, for each series."""
+def unmasked(site: Site, chain: Chain) -> jax.Array:
+    """How many elements of a site are not masked, for each series.
+
+    :param site: a sample site.
+    :param chain: the chain.
+    """
     mask = mask_of(site)
     return per_series(jnp.ones((), jnp.int32) if mask is None else mask.astype(jnp.int32), chain.structure.plates)
 
 
-def _seen_after_scan(site, structure):
-    """Where a site after the scan is not masked, by time and series."""
-    mask = mask_of(site)
-    if mask is None or mask.ndim == 0 or mask.shape[0] not in (structure.length, structure.length + 1):
-        return 1
-    rows = jax.vmap(lambda row: per_series(row.astype(jnp.int32), structure.plates))(mask)
-    return rows[-structure.length :] > 0
+def at_all_steps(chain: Chain, function: Callable[[Sites], Any]) -> Any:
+    """`function` of the sites of every step, whose latent values have no meaning.
 
-
-def _elements(site, structure, leading):
-    """Values of an observed site, ``(*leading, *plates, E)``, and where there are some."""
-    shape, event_dim = site["fn"].shape(), site["fn"].event_dim
-    border = len(shape) - event_dim
-    value, mask = jnp.broadcast_to(site["value"], shape), mask_of(site)
-    present = jnp.isfinite(value)
-    if mask is not None:
-        present = present & mask.reshape(mask.shape + (1,) * event_dim)
-    kept = [*range(leading), *(border + plate.dim for plate in structure.plates)]
-    order = kept + [axis for axis in range(len(shape)) if axis not in kept]
-
-    def flat(x):
-        return x.transpose(order).reshape(*(shape[axis] for axis in kept), -1)
-
-    return flat(jnp.where(present, value, 0).astype(jnp.result_type(float))), flat(present)
-
-
-def _join(parts, shape):
-    empty = jnp.zeros((*shape, 0)), jnp.zeros((*shape, 0), bool)
-    return tuple(jnp.concatenate(arrays, -1) for arrays in zip(empty, *parts, strict=True))
-
-
-def _at_all_steps(chain, function):
-    """`function` of the sites of every step, whose latent values have no meaning."""
+    :param chain: the chain.
+    :param function: takes the sites of one step.
+    :return: what it returns, with a leading time axis.
+    """
     state, _ = _split(chain.structure, chain.scan.init)
     return jax.vmap(lambda inputs: function(_run_step(chain, inputs, state, {})[2]))(chain.inputs)
 

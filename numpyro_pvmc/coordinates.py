@@ -191,18 +191,25 @@ def read_proposal(
     at_median = substitute(guide, substitute_fn=functools.partial(_median, structure))
     sites = log_densities(at_median, arguments, values, random.key(0), {})
     laws = {name: _gaussian(name, sites[name]["fn"]) for name in structure.sites}
+    for name, latent in structure.step.items():
+        transform, shape = laws[name][0], (structure.length, *latent.shape)
+        if tuple(transform.inverse_shape(shape)) != (structure.length, *transform.inverse_shape(latent.shape)):
+            raise ValueError(
+                f"The guide's law for site '{name}' has a transform that differs between times, so there are no coordinates "
+                "in which to refit it. Put what differs into the location and scale of the Normal, or use `refine=0`."
+            )
     coordinates = _coordinates(structure, {name: transform for name, (transform, _) in laws.items()})
 
-    def moments(blocks):
-        parts = [_moments_of_law(block, laws[block.latent.name][1]) for block in blocks]
+    def moments(blocks, leading):
+        parts = [_moments_of_law(block, laws[block.latent.name][1], leading) for block in blocks]
         factor = jax.vmap(lambda *factors: jax.scipy.linalg.block_diag(*factors))
-        leading = parts[0].mean.shape[:-1]
+        points = parts[0].mean.shape[:-1]
         factors = factor(*(part.factor.reshape(-1, *part.factor.shape[-2:]) for part in parts))
-        return Moments(jnp.concatenate([part.mean for part in parts], -1), factors.reshape(*leading, *factors.shape[-2:]))
+        return Moments(jnp.concatenate([part.mean for part in parts], -1), factors.reshape(*points, *factors.shape[-2:]))
 
-    initial = moments(coordinates.initial) if coordinates.initial else None
+    initial = moments(coordinates.initial, ()) if coordinates.initial else None
     initial = None if initial is None else Moments(initial.mean[None], initial.factor[None])
-    return coordinates, Proposal(initial, moments(coordinates.steps))
+    return coordinates, Proposal(initial, moments(coordinates.steps, (structure.length,)))
 
 
 def particle_coordinates(coordinates: Coordinates, particles: Particles) -> tuple[jax.Array | None, jax.Array]:
@@ -307,21 +314,21 @@ def _median(structure, site):
     return transform(jnp.broadcast_to(normal.loc, shape))
 
 
-def _moments_of_law(block, normal):
-    """Moments of a Gaussian law in coordinates, whose leading axes are those of the law to the left of the site's."""
+def _moments_of_law(block, normal, leading):
+    """Moments in coordinates of a Gaussian law, which may still have to be expanded to the site's ``(*leading, ...)``."""
     is_normal = isinstance(normal, dist.Normal)
     tril = None
     if not is_normal:
         is_dense = isinstance(normal, dist.MultivariateNormal)
         tril = normal.scale_tril if is_dense else jnp.linalg.cholesky(normal.covariance_matrix)
-    rank = len(block.shape)
-    leading = normal.shape()[: len(normal.shape()) - rank]
+    shape = (*leading, *block.shape)
+    dtype = jnp.result_type(float, normal.loc)
 
     def push(noise):
         scaled = normal.scale * noise if is_normal else (tril @ noise[..., None])[..., 0]
-        return _flat(block, jnp.broadcast_to(scaled, (*leading, *block.shape)))
+        return _flat(block, jnp.broadcast_to(scaled, shape)).astype(dtype)
 
-    mean = _flat(block, jnp.broadcast_to(normal.loc, (*leading, *block.shape)))
-    basis = jnp.broadcast_to(jnp.eye(block.size, dtype=mean.dtype)[:, None], (block.size, math.prod(block.plates), block.size))
+    mean = _flat(block, jnp.broadcast_to(normal.loc, shape)).astype(dtype)
+    basis = jnp.broadcast_to(jnp.eye(block.size, dtype=dtype)[:, None], (block.size, math.prod(block.plates), block.size))
     columns = jax.vmap(lambda flat: push(_native(block, flat.reshape(*block.plates, block.size))))(basis)
     return dense(Moments(mean, jnp.moveaxis(columns, 0, -1)))

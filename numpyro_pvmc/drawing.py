@@ -34,9 +34,9 @@ class _ParticleDraws(Messenger):
     With one particle, the draw and its key are those of the guide without it.
     """
 
-    def __init__(self, drawn, particle, num_particles, is_even, is_markovian):
+    def __init__(self, drawn, particle, num_particles, is_even, chain_scan):
         self.drawn, self.particle, self.num_particles = {site.name: site for site in drawn}, particle, num_particles
-        self.is_even, self.is_markovian = is_even, is_markovian
+        self.is_even, self.chain_scan, self.scans = is_even, chain_scan, 0
         self.coordinates = dict.fromkeys((site.point for site in drawn), 0)
         self.independent = []
         super().__init__()
@@ -44,8 +44,10 @@ class _ParticleDraws(Messenger):
     def process_message(self, msg):
         if self.num_particles == 1:
             return
-        if self.is_markovian and msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
-            msg["kwargs"]["rng_key"] = random.split(msg["kwargs"]["rng_key"], self.num_particles)[self.particle]
+        if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
+            if self.scans == self.chain_scan:
+                msg["kwargs"]["rng_key"] = random.split(msg["kwargs"]["rng_key"], self.num_particles)[self.particle]
+            self.scans += 1
         site = self.drawn.get(msg.get("name"))
         if msg["type"] != "sample" or site is None:
             return
@@ -78,7 +80,7 @@ def draw(
     drawn: Sequence[Drawn],
     num_particles: int,
     particles: str = "iid",
-    is_markovian: bool = False,
+    chain_scan: int | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array, dict[str, Any]]:
     """Draw the sites of a guide, some of them K times.
 
@@ -92,14 +94,14 @@ def draw(
     :param num_particles: K, the number of particles at each time step.
     :param particles: ``"iid"``, independent draws; ``"rqmc"``, draws that are evenly spread where the law of a site allows it,
         see :mod:`numpyro_pvmc.quasirandom`, with a warning where it does not.
-    :param is_markovian: whether the guide draws sites of them in a scan of its own: K trajectories, then, one for each key.
+    :param chain_scan: which of the guide's scans draws such sites, if one does: K trajectories, then, one for each key.
     :return: ``{site: (K, ...)}``; the values of the other sites; their log density, summed; mutable state.
     :raises ValueError: if another site depends on those drawn K times.
     """
     names, laws, independent = [site.name for site in drawn], {}, []
 
     def particle(number):
-        draws = _ParticleDraws(drawn, number, num_particles, particles == "rqmc", is_markovian)
+        draws = _ParticleDraws(drawn, number, num_particles, particles == "rqmc", chain_scan)
         with block(), trace() as sites, substitute(data=params), draws, seed(rng_seed=rng_key):
             arguments(guide)
         laws.update({name: type(sites[name]["fn"]).__name__ for name in names})

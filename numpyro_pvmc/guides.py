@@ -95,7 +95,7 @@ class AutoSmoothedNormal(AutoGuide):
         self.init, self.covariance, self.init_scale, self.rate = init, covariance, init_scale, rate
         self._names = {of: tuple(f"{prefix}_{of}_{part}" for part in Moments._fields) for of in Coordinates._fields}
         self._structures: dict[Any, Structure] = {}
-        self._coordinates: Coordinates | None = None
+        self._coordinates: dict[tuple[int, ...], Coordinates] = {}
 
     def proposal(self, state: dict[str, Any]) -> Proposal:
         """The Gaussians that a state holds.
@@ -109,20 +109,20 @@ class AutoSmoothedNormal(AutoGuide):
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         arguments = Arguments(args, kwargs)
         structure = self._structure(arguments)
-        if self._coordinates is not None and set(structure.sites) != _names(self._coordinates):
+        if self._coordinates and all(set(structure.sites) != _names(known) for known in self._coordinates.values()):
             # The model without its data has more latent sites; the guide stays that of the posterior.
             state = {name: mutable(name) for point in self._names.values() for name in point}
-            return sample_proposal(self._coordinates, self.proposal(state))
+            return sample_proposal(self._coordinates_of(state), self.proposal(state))
         chain = read_chain(structure, self.model, arguments, {})
         coordinates = coordinates_of_model(chain)
-        if not is_traced([block.transform for block in (*coordinates.initial, *coordinates.steps)]):
-            self._coordinates = coordinates
         names = [name for point in ("initial", "steps") if getattr(coordinates, point) for name in self._names[point]]
         state = {name: mutable(name) for name in names}
         if any(value is None for value in state.values()):
             first = jax.jit(lambda arguments: self.start(read_chain(structure, self.model, arguments, {})))
             state = {name: mutable(name, value) for name, value in first(arguments).items()}
         self._check_shape(state[names[-1]], chain.structure)
+        if not is_traced([block.transform for block in (*coordinates.initial, *coordinates.steps)]):
+            self._coordinates[tuple(plate.size for plate in structure.plates)] = coordinates
         return sample_proposal(coordinates, self.proposal(state), {"refitted_by": self})
 
     def start(self, chain: Chain) -> dict[str, jax.Array]:
@@ -173,14 +173,15 @@ class AutoSmoothedNormal(AutoGuide):
             moved = (moments.factor @ noise[..., None])[..., 0] if moments.is_full else moments.factor * noise
             return moments.mean + moved
 
-        return self._values([None if m is None else one(key, m) for key, m in zip(keys, self._proposal(params), strict=True)])
+        parts = zip(keys, self._proposal(params), strict=True)
+        return self._values(params, [None if moments is None else one(key, moments) for key, moments in parts])
 
     def median(self, params: dict[str, Any]) -> dict[str, jax.Array]:
         """Medians of the proposal, site by site; those of the posterior are in :class:`numpyro_pvmc.SmoothedPosterior`.
 
         :param params: parameters and mutable state.
         """
-        return self._values([None if moments is None else moments.mean for moments in self._proposal(params)])
+        return self._values(params, [None if moments is None else moments.mean for moments in self._proposal(params)])
 
     def quantiles(self, params: dict[str, Any], quantiles: list[float] | jax.Array) -> dict[str, jax.Array]:
         """Quantiles of the proposal, element by element in unconstrained space.
@@ -195,7 +196,7 @@ class AutoSmoothedNormal(AutoGuide):
             own = diagonal(moments)
             return own.mean + own.factor * levels.reshape(levels.shape + (1,) * own.mean.ndim)
 
-        return self._values([None if moments is None else one(moments) for moments in self._proposal(params)])
+        return self._values(params, [None if moments is None else one(moments) for moments in self._proposal(params)])
 
     def _structure(self, arguments):
         known_for = signature(arguments)
@@ -223,17 +224,21 @@ class AutoSmoothedNormal(AutoGuide):
                 f"The parameters lack the guide's state {self._names['steps']}. `PVMC.run` returns it with them; after a stock "
                 "`SVI` pass `{**result.params, **result.state.mutable_state}`."
             )
-        if self._coordinates is None:
-            raise ValueError("The guide has not seen its data yet: call `init` or `run` first.")
         return self.proposal(params)
 
-    def _values(self, coordinates):
-        initial, steps = coordinates
+    def _coordinates_of(self, state):
+        """The coordinates of a state's panel: several may have been seen, of different numbers of series."""
+        found = jnp.shape(state[self._names["steps"][0]])[1:-1]
+        if found not in self._coordinates:
+            raise ValueError("The guide has not seen the data of these parameters yet: call `init` or `run` first.")
+        return self._coordinates[found]
+
+    def _values(self, state, parts):
+        (initial, steps), coordinates = parts, self._coordinates_of(state)
         values = {}
         if initial is not None:
-            blocks = self._coordinates.initial
-            values = from_coordinates(blocks, jnp.squeeze(initial, -2 - len(blocks[0].plates)))
-        return values | from_coordinates(self._coordinates.steps, steps)
+            values = from_coordinates(coordinates.initial, jnp.squeeze(initial, -2 - len(coordinates.initial[0].plates)))
+        return values | from_coordinates(coordinates.steps, steps)
 
 
 def _names(coordinates):

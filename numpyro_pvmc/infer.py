@@ -12,7 +12,8 @@ from jax import lax
 from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
-from numpyro_pvmc.chain import check_data, read_structure
+from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.data import check_data
 from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.phases import growth, warm_up, warming_power

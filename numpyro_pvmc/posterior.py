@@ -102,12 +102,13 @@ class SmoothedPosterior:
     def effective_sample_size(self) -> dict[str, jax.Array]:
         """Effective number of particles by time, 1 / sum of squared weights; NaN where a series is padded.
 
-        :return: ``{site: (T, *plates)}``, numbers from 1 to K.
+        :return: ``{site: (T, *plates)}``, numbers from 1 to K; 0 for a series without any possible trajectory.
         """
         sizes = {}
         for name, log_weights in self.log_weights.items():
             is_step = name in self.structure.step
-            size = 1 / jnp.sum(jnp.exp(2 * log_weights), int(is_step))
+            total = jnp.sum(jnp.exp(2 * log_weights), int(is_step))
+            size = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1.0), 0.0)
             sizes[name] = size if self.present is None or not is_step else jnp.where(self.present, size, jnp.nan)
         return sizes
 

@@ -93,7 +93,7 @@ def propose(
         sites_to_draw(structure),
         num_particles,
         particles,
-        form.markovian is not None,
+        form.markovian.scan_index if form.markovian else None,
     )
     reweighted = form.not_reparameterised
     if gradient == "reweighted" or (reweighted and form.markovian):  # the density of a mixture is not one of its sites

@@ -150,6 +150,12 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
         steps = (structure.length,) if name in structure.step else ()
         _check_guide_site(name, sites[name], latent, steps, joint)
     marks = [sites[name]["infer"].get("refitted_by") for name in structure.sites]
+    if len(set(marks)) > 1:
+        raise ValueError(
+            "One refitted guide samples all sites of the chain, but here "
+            f"{[name for name, mark in zip(structure.sites, marks, strict=True) if mark is None] or 'several do'}: leave the "
+            "chain to one `AutoSmoothedNormal`, and global sites to another guide."
+        )
     return Form(
         markovian=_guide_chain(structure, guide, arguments, params) if set(scanned) & set(structure.step) else None,
         not_reparameterised=tuple(name for name in structure.sites if not sites[name]["fn"].has_rsample),
@@ -174,11 +180,26 @@ def _guide_chain(structure, guide, arguments, params):
             f"The guide's `scan` samples {sorted(own.step)}, but the model's samples {sorted(structure.step)}. A Markovian "
             "guide samples all sites of a step inside its `scan`."
         )
+    if read := sorted(set(own.global_sites) & set(structure.sites)):
+        raise ValueError(
+            f"The guide's `scan` does not start from {read}, which the chain does: each particle of the first step continues "
+            f"one of {read}. Pass it to the guide's `scan` as the first carry, and read it there only."
+        )
+    if unknown := sorted(set(own.initial) - set(structure.sites)):
+        raise ValueError(
+            f"The guide's `scan` starts from {unknown}, which is no initial site of the model's chain. Start it from "
+            f"{sorted(structure.initial) or 'a constant'}."
+        )
     sizes = [[plate.size for plate in one.plates] for one in (own, structure)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"Around the sites of the guide's `scan` there are plates of sizes {sizes[0]}, and around those of the model's "
             f"{sizes[1]}. Enter the same plates in the guide."
+        )
+    if structure.masked and len(structure.step) > 1:
+        raise ValueError(
+            f"The model masks latent sites, and a step has several, {sorted(structure.step)}: a Markovian guide has one "
+            "density for all of them. Use a guide that is independent over time."
         )
     if own.holding or own.masked:
         raise ValueError(

@@ -210,6 +210,7 @@ class SupervisedELBO(ImportanceSmoothedELBO):
         """
         arguments = Arguments(args, kwargs)
         structure, lattice = self._lattice(rng_key, param_map, model, guide, arguments)
+        _check_continuous(structure)
         truth = _check_truth(self.truth(*args, **kwargs), structure)
         weighed = marginals(lattice.node, lattice.edges, lattice.mask, self.method)
         posterior = smoothed_posterior(lattice, weighed, structure, model, arguments, param_map)
@@ -218,6 +219,15 @@ class SupervisedELBO(ImportanceSmoothedELBO):
             points = structure.length + bool(structure.initial)
             loss = loss - self.bound * (posterior.log_normalizer.sum() + lattice.log_weight_globals) / points
         return {"loss": loss, "mutable_state": refitted_state(lattice, weighed.log_weights) or None}
+
+
+def _check_continuous(structure):
+    for name, site in structure.sites.items():
+        if not jnp.issubdtype(site.dtype, jnp.inexact):
+            raise ValueError(
+                f"Latent site '{name}' is discrete: the guide learns it by the reweighted gradient, which is one of the bound "
+                "and not of an error. Train with `ImportanceSmoothedELBO`, or sum the site out of the model."
+            )
 
 
 def _check_truth(truth, structure):

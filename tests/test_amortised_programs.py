@@ -78,6 +78,7 @@ def test_what_is_read():
     assert_allclose(values_of(BY_NAME["after_the_scan_with_first"].model, y)[:, 0], y, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_read_of_two_plates_and_batches_between_them():
     def program(y, z):
         rows, columns = numpyro.plate("rows", 2, dim=-3), numpyro.plate("columns", 3, dim=-1)
@@ -134,7 +135,15 @@ class Equinox(equinox.Module):
 
 
 @pytest.mark.parametrize(
-    "name", ["autoregression_1", "deterministic_start", "two_coupled_sites", "matrix", "positive", "padded"]
+    "name",
+    [
+        "two_coupled_sites",
+        "padded",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("autoregression_1", "deterministic_start", "matrix", "positive")
+        ),
+    ],
 )
 def test_programs(name):
     """Log densities are finite, and the laws can be read as Gaussians, those that `quantiles` tells."""
@@ -159,7 +168,7 @@ def test_programs(name):
         assert abs(share - 0.2) < 4 * (0.2 * 0.8 / draws[site].size) ** 0.5 + 1e-3
 
 
-@pytest.mark.parametrize("network", [Flax, Equinox(2, 2, random.key(0)), Recurrent(3)])
+@pytest.mark.parametrize("network", [Flax, Equinox(2, 2, random.key(0)), pytest.param(Recurrent(3), marks=pytest.mark.slow)])
 def test_networks_of_flax_and_equinox_learn(network):
     y = jnp.asarray(simulate(0, 6, 3))
     guide, pvmc, params = trained(model, y, network=network, steps=5)
@@ -186,6 +195,7 @@ def test_convolutions_read_what_they_say():
     assert_array_equal(np.flatnonzero(read), np.arange(16, 25))
 
 
+@pytest.mark.slow
 def test_stock_svi_takes_the_guide():
     y = jnp.asarray(simulate(0, 10, 3))
     for loss in (Trace_ELBO(), ImportanceSmoothedELBO(num_particles=4)):
@@ -199,6 +209,7 @@ def test_stock_svi_takes_the_guide():
             guide.median(result.params, y)
 
 
+@pytest.mark.slow
 def test_global_sites_have_a_guide_of_their_own():
     def program(y):
         slope = numpyro.sample("slope", dist.Normal(0.5, 0.5))

@@ -51,7 +51,7 @@ PANEL = jnp.abs(random.normal(random.key(0), (5, 2, 3)))
 STATE = ["auto_initial_mean", "auto_initial_factor", "auto_steps_mean", "auto_steps_factor"]
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("covariance", ["diagonal", pytest.param("full", marks=pytest.mark.slow)])
 def test_training_from_a_blind_start(covariance):
     guide = AutoSmoothedNormal(counts, covariance=covariance)
     pvmc = PVMC(counts, guide, optax.adam(0.05), num_particles=64)
@@ -127,7 +127,7 @@ def test_global_sites_have_a_guide_of_their_own():
     assert len(np.unique(samples["scale"])) == 7
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
 def test_proposal_in_the_manner_of_automatic_guides(covariance):
     guide = AutoSmoothedNormal(constrained_panel, covariance=covariance)
     pvmc = PVMC(constrained_panel, guide, num_particles=64)
@@ -215,7 +215,7 @@ def test_errors():
     guide = AutoSmoothedNormal(counts)
     with pytest.raises(ValueError, match=r"parameters lack the guide's state.*mutable_state"):
         guide.median({})
-    with pytest.raises(ValueError, match="has not seen its data yet"):
+    with pytest.raises(ValueError, match="has not seen the data of these parameters"):
         guide.median(dict.fromkeys(STATE, jnp.ones(3)))
 
 

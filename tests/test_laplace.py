@@ -177,7 +177,9 @@ def levels(y, scale):
     scan(step, numpyro.sample("x_0", dist.LogNormal(0.0, 1.0)), y)
 
 
-@pytest.mark.parametrize(("program", "place"), [(counts, 0.0), (volatility, 4.0), (levels, -2.0)])
+@pytest.mark.parametrize(
+    ("program", "place"), [pytest.param(counts, 0.0, marks=pytest.mark.slow), (volatility, 4.0), (levels, -2.0)]
+)
 def test_finds_the_mode(program, place):
     rng = np.random.default_rng(3)
     x = np.sin(np.arange(40) / 4)
@@ -212,7 +214,13 @@ def test_steps_that_overshoot_are_damped():
     assert slope(chain, coordinates, found) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["two_coupled_sites", "matrix", "after_the_scan_in_plates", "late_start"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two_coupled_sites",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("matrix", "after_the_scan_in_plates", "late_start")),
+    ],
+)
 def test_programs(name):
     """The covariances are those of the inverse of the whole matrix of second derivatives."""
     program = BY_NAME[name]

@@ -117,6 +117,7 @@ def test_gradient_against_finite_differences(x64, gradient):
     check_grads(value, (jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS),), order=1, modes=["rev"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_and_everything_after():
     pvmc = PVMC(model, guide, num_particles=16, particles="iid")
     result = pvmc.run(random.key(0), 300, jnp.asarray(SERIES), progress_bar=False)
@@ -149,14 +150,31 @@ def accumulating(y):
     scan(step, jnp.zeros(2), y)
 
 
+def reading_the_start(y):
+    """What every step reads is no state: the mixture would be that of another guide."""
+    plate = numpyro.plate("series", 2)
+    with plate:
+        x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+
+    def step(x, y_t):
+        with plate:
+            return numpyro.sample("x", dist.Normal(0.5 * x_0, 0.5)), None
+
+    scan(step, jnp.zeros(2), y)
+
+
 def without_plate(y):
-    numpyro.sample("x_0", dist.Normal(0.0, 1.0).expand([2]))
-    markov(lambda x, y_t: (numpyro.sample("x", dist.Normal(0.5 * x, 0.5)), None), jnp.zeros(2), y)
+    x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0).expand([2]))
+    markov(lambda x, y_t: (numpyro.sample("x", dist.Normal(0.5 * x, 0.5)), None), x_0, y)
 
 
 @pytest.mark.parametrize(
     ("own", "message"),
-    [(accumulating, "guide has a `scan` of its own.*accumulates the past"), (without_plate, r"plates of sizes \[\], .* \[2\]")],
+    [
+        (accumulating, "guide has a `scan` of its own.*accumulates the past"),
+        (reading_the_start, r"does not start from \['x_0'\].*as the first carry"),
+        (without_plate, r"plates of sizes \[\], .* \[2\]"),
+    ],
 )
 def test_guides_that_cannot_be_read(own, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):

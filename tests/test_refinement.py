@@ -138,13 +138,28 @@ def dense_guide(y, series=2):
     numpyro.sample("x", dist.MultivariateNormal(jnp.zeros((6, 2, 2)), covariance))
 
 
+def expanded_guide(y, series=2):
+    """Laws that get their axes, time among them, from outside; and whole numbers for parameters."""
+    numpyro.sample("x_0", dist.Normal(0, 2).expand([2, 2]).to_event(1))
+    with numpyro.plate("time", 6, dim=-2):
+        numpyro.sample("x", dist.Normal(jnp.zeros((2, 2)), 2).to_event(1))
+
+
 def transformed_guide(y, series=2):
     numpyro.sample("x_0", dist.Normal(jnp.zeros((2, 2)), 2.0).to_event(1))
     moved = [dist.transforms.AffineTransform(1.0, 3.0)]
     numpyro.sample("x", dist.TransformedDistribution(dist.Normal(jnp.zeros((6, 2, 2)), 1.0).to_event(1), moved))
 
 
-@pytest.mark.parametrize("guide", [dense_guide, transformed_guide, AutoNormal(linear_gaussian, init_scale=1.0)])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        dense_guide,
+        expanded_guide,
+        pytest.param(transformed_guide, marks=pytest.mark.slow),
+        AutoNormal(linear_gaussian, init_scale=1.0),
+    ],
+)
 def test_any_gaussian_guide_can_be_refined(guide):
     pvmc = PVMC(linear_gaussian, guide, num_particles=64)
     params = pvmc.get_params(pvmc.init(random.key(0), SERIES))
@@ -179,7 +194,7 @@ def test_sites_that_read_each_other_in_the_guide():
     assert all(np.corrcoef(step.T)[0, 1] < -0.6 for step in state)
 
 
-LONGER = ("constrained", "epidemic", "local_level")
+LONGER = ("constrained", "epidemic", "local_level", "panel", "two_sites")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +224,7 @@ def test_collapse_is_said_aloud():
         pvmc.posterior(random.key(0), {}, *program.data(key_of(program)), refine=1)
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_the_refined_posterior():
     pvmc = PVMC(linear_gaussian, num_particles=512)
     samples = pvmc.sample_posterior(random.key(0), {}, SERIES, sample_shape=(20_000,), refine=5)
@@ -261,11 +277,10 @@ def test_what_cannot_be_refined():
 
 
 def test_one_step_one_particle_one_series():
-    for y, series in [(SERIES[:1], 2), (SERIES[:1, :1], 1)]:
-        for num_particles in (1, 8):
-            posterior = PVMC(linear_gaussian, num_particles=num_particles).posterior(random.key(0), {}, y, series, refine=2)
-            assert np.isfinite(posterior.log_normalizer).all()
-            assert posterior.particles["x"].shape == (1, num_particles, series, 2)
+    for y, series, num_particles in [(SERIES[:1], 2, 1), (SERIES[:1, :1], 1, 8)]:
+        posterior = PVMC(linear_gaussian, num_particles=num_particles).posterior(random.key(0), {}, y, series, refine=2)
+        assert np.isfinite(posterior.log_normalizer).all()
+        assert posterior.particles["x"].shape == (1, num_particles, series, 2)
 
 
 def test_full_covariances_need_plates_on_the_left():
@@ -290,3 +305,81 @@ def test_joint_guides_are_refused_as_ever():
     pvmc = PVMC(linear_gaussian, AutoMultivariateNormal(linear_gaussian), num_particles=8)
     with pytest.raises(ValueError, match="gives site 'x_0' a `Delta` law"):
         pvmc.init(random.key(0), SERIES)
+
+
+def support_by_input(y, lowest):
+    def step(x, inputs):
+        y_t, low = inputs
+        x = numpyro.sample("x", dist.TruncatedNormal(0.5 * x, 1.0, low=low))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+        return x, None
+
+    scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), (y, lowest))
+
+
+def support_by_state(y, lowest):
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.TruncatedNormal(x + 0.5, 1.0, low=x))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+        return x, None
+
+    scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
+
+
+def support_by_parameter(y, lowest):
+    top = numpyro.param("top", 2.0)
+
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.TruncatedNormal(0.5 * x, 1.0, low=-1.0, high=top))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+        return x, None
+
+    scan(step, 0.0, y)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [(support_by_input, "inputs of the scan"), (support_by_state, "state before"), (support_by_parameter, "parameters")],
+)
+def test_a_support_that_moves_has_no_coordinates(model, what):
+    """A start at time 0, or at the first parameters, would leave out what they do not allow, and say nothing."""
+    with pytest.raises(ValueError, match=f"support of site 'x' reads .*{what}.*unconstrained site"):
+        PVMC(model, num_particles=4).posterior(random.key(0), {}, jnp.zeros(3), jnp.array([0.5, -1.0, -2.0]))
+
+
+def test_a_support_given_as_data_is_like_any_other():
+    def model(y, low):
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.TruncatedNormal(0.5 * x, 1.0, low=low))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+            return x, None
+
+        scan(step, 0.0, y)
+
+    posterior = PVMC(model, num_particles=16).posterior(random.key(0), {}, jnp.zeros(3), jnp.asarray(-0.2), refine=1)
+    assert posterior.particles["x"].min() > -0.2
+
+
+def test_transforms_that_differ_between_times_are_not_refitted():
+    def guide(y, series=2):
+        numpyro.sample("x_0", dist.Normal(jnp.zeros((2, 2)), 1.0).to_event(1))
+        moved = dist.transforms.AffineTransform(jnp.arange(6.0)[:, None, None], 1.0)
+        numpyro.sample("x", dist.TransformedDistribution(dist.Normal(jnp.zeros((6, 2, 2)), 1.0), [moved]).to_event(1))
+
+    with pytest.raises(ValueError, match="site 'x' has a transform that differs between times"):
+        PVMC(linear_gaussian, guide, num_particles=4).posterior(random.key(0), {}, SERIES, refine=1)
+
+
+def test_a_chain_without_a_possible_trajectory():
+    def model(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(x, 1.0))
+            numpyro.factor("wall", jnp.where(y_t > 0, -jnp.inf, 0.0))
+            return x, None
+
+        scan(step, 0.0, y)
+
+    with pytest.warns(UserWarning, match=r"in 100% of its steps and series, first at time 0 \(least 0.0\)"):
+        posterior = PVMC(model, num_particles=8).posterior(random.key(0), {}, jnp.array([0.0, 1.0, 0.0]), refine=1)
+    assert posterior.log_normalizer == -jnp.inf
+    assert (posterior.effective_sample_size()["x"] == 0).all()

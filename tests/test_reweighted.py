@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 
-from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
+from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
 from oracles import forward_backward
 
 LONG_RUNS = False
@@ -75,7 +75,7 @@ def exact_states():
     return forward_backward(np.log(START), np.log(TRANSITION), np.concatenate([np.zeros((1, 3)), log_emission]))
 
 
-@pytest.mark.parametrize("gradient", ["reweighted", "doubly_reparam"])
+@pytest.mark.parametrize("gradient", ["reweighted", pytest.param("doubly_reparam", marks=pytest.mark.slow)])
 def test_a_guide_over_a_discrete_site_learns_the_exact_marginals(gradient):
     """Sites without a gradient of draws get the reweighted one, whatever is asked for."""
     exact, y = exact_states(), jnp.asarray(SEEN)
@@ -151,3 +151,10 @@ def test_scales_that_cannot_be_used():
     svi = SVI(model, guide, optax.sgd(0.01), loss)
     with pytest.raises(ValueError, match=r"needs the number of the update.*`PVMC` tells the loss"):
         svi.update(svi.init(random.key(0), Y), Y)
+
+
+def test_a_supervised_loss_wants_gradients_of_draws():
+    pvmc = PVMC(hidden_markov, state_guide, loss=SupervisedELBO(lambda y: {"s": jnp.zeros(6)}, 8))
+    state = pvmc.init(random.key(0), jnp.asarray(SEEN))
+    with pytest.raises(ValueError, match=r"'s(_0)?' is discrete: the guide learns it by the reweighted gradient"):
+        pvmc.update(state, jnp.asarray(SEEN))

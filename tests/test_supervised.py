@@ -91,15 +91,16 @@ def exact_loss(program, posterior, states, error, skips_nan, bound, filtering):
     return total
 
 
+SLOW = pytest.mark.slow
 VALUES = [  # program, error, bound, filtering
-    ("vector", "squared", 1.0, False),
+    pytest.param("vector", "squared", 1.0, False, marks=SLOW),
     ("vector", "kernel", 0.3, False),
-    ("vector", "users", 0.3, True),
-    ("two_coupled_sites", "kernel", 1.0, False),
-    ("padded", "squared", 1.0, True),
+    pytest.param("vector", "users", 0.3, True, marks=SLOW),
+    pytest.param("two_coupled_sites", "kernel", 1.0, False, marks=SLOW),
+    pytest.param("padded", "squared", 1.0, True, marks=SLOW),
     ("padded", "users", 1.0, False),
     ("held", "squared", 0.0, False),
-    ("late_start", "kernel", 2.0, False),
+    pytest.param("late_start", "kernel", 2.0, False, marks=SLOW),
     ("deterministic_start", "squared", 1.0, True),
 ]
 
@@ -209,10 +210,10 @@ def test_gradient_against_finite_differences(x64, error, choices):
 
 FINITE = [  # error, number of particles, steps, filtering
     ("squared", 4, 5, False),
-    ("squared", 1, 5, False),
+    pytest.param("squared", 1, 5, False, marks=SLOW),
     ("kernel", 4, 5, True),
-    ("kernel", 2, 1, False),
-    ("users", 4, 5, False),
+    pytest.param("kernel", 2, 1, False, marks=SLOW),
+    pytest.param("users", 4, 5, False, marks=SLOW),
 ]
 
 
@@ -227,7 +228,7 @@ def test_finite_with_padding_missing_data_and_unknown_states(tolerance, error, n
         assert (np.asarray(slope["loc"])[4:, 1] == 0).all()
 
 
-@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("error", [name if name == "kernel" else pytest.param(name, marks=SLOW) for name in ERRORS])
 def test_what_stands_in_padding_does_not_enter(x64, error):
     both = value_and_slope(SupervisedELBO(ragged_truth, 4, error=ERRORS[error][0]))
     fillings = [np.where(PRESENT[..., None], STATES, filling) for filling in (NAN, np.inf, 1e30, 0.0)]
@@ -236,7 +237,7 @@ def test_what_stands_in_padding_does_not_enter(x64, error):
         jax.tree.map(assert_array_equal, first, other)
 
 
-@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("error", [name if name == "kernel" else pytest.param(name, marks=SLOW) for name in ERRORS])
 def test_series_and_sites_without_labels_have_no_error(x64, error):
     """Known is the first series after its start: the loss is that of its error, and a site that is left out is unknown."""
     unknown = np.where(np.arange(2)[:, None] == 0, STATES, NAN)
@@ -303,6 +304,7 @@ def test_stock_svi_and_pvmc_are_one():
     assert results[1].losses[-1] < results[1].losses[0]
 
 
+@SLOW
 def test_second_run_on_other_states_compiles_nothing(caplog):
     truth = Counted()
     pvmc = PVMC(autoregression, AutoNormal(autoregression), loss=SupervisedELBO(truth, 4))
@@ -319,6 +321,7 @@ def test_second_run_on_other_states_compiles_nothing(caplog):
     assert truth.calls == calls
 
 
+@SLOW
 def test_a_growing_run_stays_supervised(capsys):
     loss = SupervisedELBO(Counted(), 4, bound=0.5, filtering=True, gradient="sticking")
     few = loss.with_num_particles(2, ("slope",))

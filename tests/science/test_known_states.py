@@ -55,6 +55,7 @@ def squared_error_of(params, states, y):
     return float(jnp.mean((jnp.concatenate([mean["x_0"][None], mean["x"]]) - states) ** 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [0.0, 1.0])
 def test_reaches_the_exact_smoother_on_other_series(bound):
     """Half of the training series have no labels, and every third state of the others is unknown."""
