@@ -83,25 +83,3 @@ def _seen_after_scan(site, structure):
         return 1
     rows = jax.vmap(lambda row: per_series(row.astype(jnp.int32), structure.plates))(mask)
     return rows[-structure.length :] > 0
-
-
-def _elements(site, structure, leading):
-    """Values of an observed site, ``(*leading, *plates, E)``, and where there are some."""
-    shape, event_dim = site["fn"].shape(), site["fn"].event_dim
-    border = len(shape) - event_dim
-    value, mask = jnp.broadcast_to(site["value"], shape), mask_of(site)
-    present = jnp.isfinite(value)
-    if mask is not None:
-        present = present & mask.reshape(mask.shape + (1,) * event_dim)
-    kept = [*range(leading), *(border + plate.dim for plate in structure.plates)]
-    order = kept + [axis for axis in range(len(shape)) if axis not in kept]
-
-    def flat(x):
-        return x.transpose(order).reshape(*(shape[axis] for axis in kept), -1)
-
-    return flat(jnp.where(present, value, 0).astype(jnp.result_type(float))), flat(present)
-
-
-def _join(parts, shape):
-    empty = jnp.zeros((*shape, 0)), jnp.zeros((*shape, 0), bool)
-    return tuple(jnp.concatenate(arrays, -1) for arrays in zip(empty, *parts, strict=True))
