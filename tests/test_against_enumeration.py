@@ -21,8 +21,9 @@ CASES = [  # precision, program, number of particles
     *((np.float64, name, 3) for name in BY_NAME),
     *((np.float64, name, 1) for name in ("deterministic_start", "two_coupled_sites", "padded")),
     *((np.float32, name, 2) for name in ("autoregression_4", "two_coupled_sites", "global_sites", "parameters")),
-    *((np.float32, name, 2) for name in ("vector", "positive", "held", "sensors", "after_the_scan_in_plates")),
-    *((np.float32, name, 3) for name in ("deterministic_start", "clock", "series", "missing", "pair_emission")),
+    *((np.float32, name, 3) for name in ("deterministic_start", "clock", "pair_emission")),
+    *(pytest.param(np.float32, name, 2, marks=pytest.mark.slow) for name in ("vector", "positive", "held", "sensors")),
+    *(pytest.param(np.float32, name, 3, marks=pytest.mark.slow) for name in ("series", "missing", "after_the_scan_in_plates")),
 ]
 
 

@@ -32,6 +32,7 @@ def values_of(program, *args):
     return np.where(present, values, np.nan)
 
 
+@pytest.mark.slow
 def test_units_are_those_of_the_prior_and_the_data():
     """The same seed on the same data, a thousand times as large around a level of 10,000, does the same."""
 

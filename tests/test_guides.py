@@ -219,6 +219,7 @@ def test_errors():
         guide.median(dict.fromkeys(STATE, jnp.ones(3)))
 
 
+@pytest.mark.slow
 def test_two_precisions_agree_on_a_long_series():
     """The same seeds: quasi-random points are the same to the last bits of single precision."""
     key, length = random.key(0), 2500

@@ -52,7 +52,9 @@ print(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
-@pytest.mark.parametrize("loss", ["ImportanceSmoothedELBO(K)", 'SupervisedELBO(lambda y: {"x": y}, K)'])
+@pytest.mark.parametrize(
+    "loss", ["ImportanceSmoothedELBO(K)", pytest.param('SupervisedELBO(lambda y: {"x": y}, K)', marks=pytest.mark.slow)]
+)
 def test_value_and_gradient_of_a_long_series(loss):
     """The pairs alone, 10,000 x 4 x 64 x 64 in float32, would take 0.66 GB, and autodiff keeps several copies."""
     done = subprocess.run([sys.executable, "-c", PROGRAM.replace("LOSS", loss)], capture_output=True, text=True)

@@ -283,6 +283,7 @@ def test_one_step_one_particle_one_series():
         assert posterior.particles["x"].shape == (1, num_particles, series, 2)
 
 
+@pytest.mark.slow
 def test_full_covariances_need_plates_on_the_left():
     def model(y):
         def step(x, y_t):

@@ -119,6 +119,7 @@ def test_value_against_numpy(x64, name, error, bound, filtering):
     assert_allclose(value, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_global_sites_enter_the_bound(x64):
     """Without error and times the number of points it is the bound of every other objective."""
     program = BY_NAME["global_sites"]
@@ -344,6 +345,7 @@ def test_frozen_parameters_get_no_gradient():
     assert slope["noise"] != 0
 
 
+@pytest.mark.slow
 def test_mutable_state_comes_back():
     def guide(y, states):
         count = numpyro.primitives.mutable("count", {"n": jnp.array(0.0)})
