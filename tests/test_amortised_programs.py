@@ -169,7 +169,14 @@ def test_programs(name):
         assert abs(share - 0.2) < 4 * (0.2 * 0.8 / draws[site].size) ** 0.5 + 1e-3
 
 
-@pytest.mark.parametrize("network", [Flax, Equinox(2, 2, random.key(0)), pytest.param(Recurrent(3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "network",
+    [
+        Flax,
+        pytest.param(Equinox(2, 2, random.key(0)), marks=pytest.mark.slow),
+        pytest.param(Recurrent(3), marks=pytest.mark.slow),
+    ],
+)
 def test_networks_of_flax_and_equinox_learn(network):
     y = jnp.asarray(simulate(0, 6, 3))
     guide, pvmc, params = trained(model, y, network=network, steps=5)

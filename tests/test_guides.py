@@ -101,6 +101,7 @@ def test_it_is_a_guide_like_any_other():
     assert Predictive(counts, guide=guide, num_samples=3, params=params)(random.key(0), length=T)["y"].shape == (3, T)
 
 
+@pytest.mark.slow
 def test_global_sites_have_a_guide_of_their_own():
     def model(y):
         scale = numpyro.sample("scale", dist.LogNormal(-1.0, 1.0))

@@ -119,7 +119,7 @@ def test_a_refitted_proposal_is_the_smoothing_marginal():
     assert posterior.effective_sample_size()["x"].min() > 1000
 
 
-@pytest.mark.parametrize("num_particles", [8, 32])
+@pytest.mark.parametrize("num_particles", [8, pytest.param(32, marks=pytest.mark.slow)])
 def test_refined_posteriors_are_unbiased(num_particles):
     """The particles are drawn after the last round, whatever the rounds have made of the proposal."""
     pvmc = PVMC(linear_gaussian, num_particles=num_particles)
@@ -154,7 +154,7 @@ def transformed_guide(y, series=2):
 @pytest.mark.parametrize(
     "guide",
     [
-        dense_guide,
+        pytest.param(dense_guide, marks=pytest.mark.slow),
         expanded_guide,
         pytest.param(transformed_guide, marks=pytest.mark.slow),
         AutoNormal(linear_gaussian, init_scale=1.0),

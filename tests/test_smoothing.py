@@ -330,7 +330,7 @@ def test_value_weights_and_gradient_in_one_pass(x64, masked, method):
 
 
 @both_methods
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_summed_in_single(method, dtype):
     """2000 steps: in half precision alpha would lose whole units, or overflow."""
     rng = np.random.default_rng(0)

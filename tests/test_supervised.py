@@ -198,7 +198,7 @@ def value_and_slope(loss):
     [
         ("squared", {}),
         ("squared", {"filtering": True, "bound": 0.0}),
-        ("squared", {"method": "associative", "bound": 0.0}),
+        pytest.param("squared", {"method": "associative", "bound": 0.0}, marks=SLOW),
         ("kernel", {"bound": 0.2}),
         ("users", {"bound": 0.0}),
     ],
@@ -293,6 +293,7 @@ def data(seed):
     return x + 0.5 * rng.normal(size=6).astype(np.float32), x
 
 
+@pytest.mark.slow
 def test_stock_svi_and_pvmc_are_one():
     loss = SupervisedELBO(Counted(), 8)
     stock = SVI(autoregression, AutoNormal(autoregression), optax.adam(0.02), loss=loss)
