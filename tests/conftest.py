@@ -7,6 +7,10 @@ import pytest
 jaxtyping.install_import_hook(["numpyro_pvmc.semiring", "numpyro_pvmc.smoothing"], "beartype.beartype")
 
 
+DOUBLE, SINGLE = 1e-10, 1e-4
+PRECISION = pytest.StashKey[bool]()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
     """Most programs here are compiled to run once; modules that run theirs for long say `LONG_RUNS = True`."""
@@ -16,15 +20,34 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
+def asks_for_float64(item):
+    choices = item.callspec.params if hasattr(item, "callspec") else {}
+    return "x64" in item.fixturenames or choices.get("tolerance") == DOUBLE
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a module run one precision after the other: a change of it costs JAX's caches."""
+    modules = list(dict.fromkeys(item.path for item in items))
+    items.sort(key=lambda item: (modules.index(item.path), asks_for_float64(item)))
+
+
+@pytest.fixture(autouse=True)
+def precision(request):
+    enabled = asks_for_float64(request.node)
+    if enabled != (request.session.stash.get(PRECISION, enabled)):
+        # JAX keeps the arrays that a program closes over by identity, rounded as they were when it met them first.
+        jax.clear_caches()
+    request.session.stash[PRECISION] = enabled
+    with jax.enable_x64(enabled):
         yield
 
 
-@pytest.fixture(params=[(True, 1e-10), (False, 1e-4)], ids=["float64", "float32"])
-def tolerance(request):
+@pytest.fixture
+def x64(precision):
+    """Run a test in float64."""
+
+
+@pytest.fixture(params=[DOUBLE, SINGLE], ids=["float64", "float32"])
+def tolerance(request, precision):
     """Run a test in both precisions; the value is the error that the precision is allowed."""
-    enabled, allowed = request.param
-    with jax.enable_x64(enabled):
-        yield allowed
+    return request.param

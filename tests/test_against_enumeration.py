@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from conftest import DOUBLE, SINGLE
 from models import BY_NAME
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.chain import read_structure
@@ -17,23 +18,14 @@ from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.smoothing import pairwise_marginals
 from oracles import enumerate_chain
 
-CASES = [  # precision, program, number of particles
-    *((np.float64, name, 3) for name in BY_NAME),
-    *((np.float64, name, 1) for name in ("deterministic_start", "two_coupled_sites", "padded")),
-    *((np.float32, name, 2) for name in ("autoregression_4", "two_coupled_sites", "global_sites", "parameters")),
-    *((np.float32, name, 3) for name in ("deterministic_start", "clock", "pair_emission")),
-    *(pytest.param(np.float32, name, 2, marks=pytest.mark.slow) for name in ("vector", "positive", "held", "sensors")),
-    *(pytest.param(np.float32, name, 3, marks=pytest.mark.slow) for name in ("series", "missing", "after_the_scan_in_plates")),
+CASES = [  # tolerance, program, number of particles
+    *((DOUBLE, name, 3) for name in BY_NAME),
+    *((DOUBLE, name, 1) for name in ("deterministic_start", "two_coupled_sites", "padded")),
+    *((SINGLE, name, 2) for name in ("autoregression_4", "two_coupled_sites", "global_sites", "parameters")),
+    *((SINGLE, name, 3) for name in ("deterministic_start", "clock", "pair_emission")),
+    *(pytest.param(SINGLE, name, 2, marks=pytest.mark.slow) for name in ("vector", "positive", "held", "sensors")),
+    *(pytest.param(SINGLE, name, 3, marks=pytest.mark.slow) for name in ("series", "missing", "after_the_scan_in_plates")),
 ]
-
-
-@pytest.fixture(scope="module")
-def dtype(request):
-    """One precision after the other: JAX may mix up NumPy constants where a process goes to and fro."""
-    jax.clear_caches()
-    with jax.enable_x64(request.param is np.float64):
-        yield request.param
-    jax.clear_caches()
 
 
 def smooth(program, num_particles):
@@ -123,12 +115,12 @@ def check(program, posterior, pairs, tolerance):
                 assert_allclose(np.exp(ours[site])[:, *n], theirs[0], **near)
 
 
-@pytest.mark.parametrize(("dtype", "name", "num_particles"), CASES, indirect=["dtype"])
-def test_enumeration(dtype, name, num_particles):
+@pytest.mark.parametrize(("tolerance", "name", "num_particles"), CASES, indirect=["tolerance"])
+def test_enumeration(tolerance, name, num_particles):
     program = BY_NAME[name]
     posterior, pairs = smooth(program, num_particles)
-    assert posterior.log_normalizer.dtype == dtype
+    assert posterior.log_normalizer.dtype == (np.float64 if tolerance == DOUBLE else np.float32)
     check_shapes(program, posterior, num_particles)
-    check(program, posterior, pairs, 1e-10 if dtype is np.float64 else 1e-4)
+    check(program, posterior, pairs, tolerance)
     if program.present is not None:
         assert_array_equal(np.isnan(posterior.effective_sample_size()["x"]), ~program.present)
