@@ -1,6 +1,7 @@
 """Parallel variational Monte Carlo for state-space models written in NumPyro."""
 
 from numpyro_pvmc.amortised import AutoAmortisedNormal
+from numpyro_pvmc.combined import AutoStateSpace
 from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.infer import PVMC
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
@@ -14,6 +15,7 @@ __all__ = [
     "PVMC",
     "AutoAmortisedNormal",
     "AutoSmoothedNormal",
+    "AutoStateSpace",
     "ImportanceSmoothedELBO",
     "SmoothedPosterior",
     "SupervisedELBO",

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,8 +15,9 @@ from numpyro.handlers import block, seed, substitute
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_pvmc.chain import Chain, observations, read_chain, read_structure
+from numpyro_pvmc.chain import observations, read_chain, read_structure
 from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
+from numpyro_pvmc.minibatch import minibatch_plates
 from numpyro_pvmc.moments import Moments, spread
 from numpyro_pvmc.program import Arguments, signature
 from numpyro_pvmc.refinement import sample_proposal
@@ -105,7 +106,9 @@ class AutoAmortisedNormal(AutoGuide):
             of the network are of a wrong shape, or if only a part of the trained state is given.
         :raises TypeError: if the network is no module.
         """
-        return sample_proposal(*self._propose(Arguments(args, kwargs)))
+        arguments = Arguments(args, kwargs)
+        with minibatch_plates(self._structure(arguments)) as indices:
+            return sample_proposal(*self._propose(arguments, indices))
 
     def sample_posterior(
         self, rng_key: jax.Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
@@ -162,7 +165,7 @@ class AutoAmortisedNormal(AutoGuide):
     def _given(self, params, args, kwargs):
         try:
             with block(), substitute(data=params), seed(rng_seed=0):
-                return self._propose(Arguments(args, kwargs))
+                return self._propose(Arguments(args, kwargs), params)
         except Exception as error:
             if args or kwargs:
                 raise
@@ -171,13 +174,15 @@ class AutoAmortisedNormal(AutoGuide):
                 "`guide.median(params, y)`."
             ) from error
 
-    def _propose(self, arguments: Arguments) -> tuple[Coordinates, Proposal]:
-        chain = self._chain(arguments)
+    def _propose(self, arguments: Arguments, indices: Mapping[str, Any]) -> tuple[Coordinates, Proposal]:
+        structure = self._structure(arguments)
+        indices = {name: indices[name] for name in structure.subsampled if name in indices}
+        chain = read_chain(structure, self.model, arguments, indices)
         coordinates = coordinates_of_model(chain)
         values, present = _features(chain, self.features, arguments)
         sizes = [sum(block.size for block in blocks) for blocks in coordinates]
         network, is_trained = self._network(2 * values.shape[-1], 2 * max(sizes))
-        of_features, of_initial, of_steps = self._units(chain.structure, arguments, is_trained)
+        of_features, of_initial, of_steps = self._units(structure, arguments, indices, is_trained)
         standard = jnp.where(present, (values - of_features.mean) / of_features.factor, 0.0)
         output = _by_series(network, jnp.concatenate([standard, present.astype(standard.dtype)], -1), 2 * max(sizes))
 
@@ -189,10 +194,11 @@ class AutoAmortisedNormal(AutoGuide):
         initial = moments(output[:1], of_initial, sizes[0]) if coordinates.initial else None
         return coordinates, Proposal(initial, moments(output[1:], of_steps, sizes[1]))
 
-    def _chain(self, arguments: Arguments) -> Chain:
+    def _structure(self, arguments: Arguments) -> Structure:
         known_for = signature(arguments)
         if known_for not in self._structures:
-            self._structures[known_for] = read_structure(self.model, arguments, {})
+            structure = read_structure(self.model, arguments, {})
+            self._structures[known_for] = structure.summing(structure.finite)
         structure = self._structures[known_for]
         if structure.global_sites:
             raise ValueError(
@@ -202,7 +208,7 @@ class AutoAmortisedNormal(AutoGuide):
                 f"`AutoNormal(block(seed(model, 0), expose={list(structure.global_sites)}), prefix='globals')`, with "
                 "`block` and `seed` from `numpyro.handlers`."
             )
-        return read_chain(structure, self.model, arguments, {})
+        return structure
 
     def _network(self, in_features, out_features):
         """The network, and whether its parameters are given."""
@@ -218,7 +224,7 @@ class AutoAmortisedNormal(AutoGuide):
                 return eqx_module(name, network), arrays.given
         raise TypeError(f"`network` must make a module of Flax (nnx) or Equinox, but made a {type(network).__name__}.")
 
-    def _units(self, structure, arguments, is_trained) -> list[Moments]:
+    def _units(self, structure, arguments, indices, is_trained) -> list[Moments]:
         """Place and width of the features, and of the coordinates at the beginning and at the steps."""
         names = [f"{self.prefix}_{what}" for what in ("features", "initial", "steps")]
         units = [mutable(name) for name in names]
@@ -231,13 +237,13 @@ class AutoAmortisedNormal(AutoGuide):
         if missing:
 
             @jax.jit
-            def first_units(arguments):
-                chain = read_chain(structure, self.model, arguments, {})
+            def first_units(arguments, indices):
+                chain = read_chain(structure, self.model, arguments, indices)
                 values, present = _features(chain, self.features, arguments)
                 of_features = _pooled(jnp.where(present, values, jnp.nan))
                 return [jnp.stack(moments) for moments in (of_features, *_prior_spread(chain))]
 
-            units = [mutable(name, value) for name, value in zip(names, first_units(arguments), strict=True)]
+            units = [mutable(name, value) for name, value in zip(names, first_units(arguments, indices), strict=True)]
         return [Moments(*place_and_width) for place_and_width in units]
 
 

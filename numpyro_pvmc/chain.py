@@ -5,6 +5,7 @@ A chain is a beginning, `begin`, that gives the log density and the state of one
 reads the particle after only (*node*), the new state and the outputs. A deterministic start is a beginning without sites.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
+from numpyro_pvmc.analysis import analyse
 from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.independence import check_independence
 from numpyro_pvmc.program import Arguments, Scan, Site, Sites, log_prob, mask_of, run, run_body
-from numpyro_pvmc.structure import Structure, analyse, per_series, time_rows
+from numpyro_pvmc.structure import Structure, per_series, time_rows
 from numpyro_pvmc.survey import capture, first
 
 
@@ -38,6 +40,16 @@ class Chain(NamedTuple):
     gradient_scale: dict[str, Any]
 
 
+class Presence(NamedTuple):
+    """Where a chain is present: arrays of booleans of shape ``(T, *plates)``.
+
+    `sites` is false where a latent site is masked, by name. `steps` is false where all of them are, and nothing is observed.
+    """
+
+    sites: dict[str, jax.Array]
+    steps: jax.Array
+
+
 class Step(NamedTuple):
     """One step for one pair of particles: densities of shape ``(*plates)``."""
 
@@ -54,7 +66,7 @@ def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]
     :param arguments: what it is called with.
     :param values: values of parameters; those not given take their initial values.
     :return: the structure of its chain.
-    :raises ValueError: if it has none; see :func:`numpyro_pvmc.structure.analyse` and
+    :raises ValueError: if it has none; see :func:`numpyro_pvmc.analysis.analyse` and
         :func:`numpyro_pvmc.independence.check_independence`.
     """
     structure = analyse(model, arguments, values)
@@ -96,6 +108,24 @@ def read_chain(
     return Chain(structure, model, arguments, values, scan, outside, inputs, dict(gradient_scale))
 
 
+def minibatch(
+    structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], rng_key: jax.Array
+) -> dict[str, jax.Array]:
+    """One draw of the indices of subsampled plates, which all readings of a program must share.
+
+    :param structure: the structure of the program's chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters; indices among them are kept.
+    :param rng_key: random key.
+    :return: ``{plate: indices}``.
+    """
+    if not structure.subsampled:
+        return {}
+    _, sites = capture(model, arguments, values, structure.scan_index, rng_key)
+    return {name: sites[name]["value"] for name in structure.subsampled}
+
+
 def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """The beginning of a chain, for one particle.
 
@@ -107,7 +137,8 @@ def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[
     structure = chain.structure
     scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, structure.scan_index)
     state, _ = _split(structure, scan.init)
-    return _total(chain, sites, (*structure.initial, *structure.initial_factors)), state
+    names = [site.name for site in structure.initial_latents]
+    return _total(chain, sites, (*names, *structure.initial_factors)), state
 
 
 def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, jax.Array]) -> Step:
@@ -129,16 +160,26 @@ def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, ja
     return Step(edge, node, new_state, output)
 
 
-def presence(chain: Chain) -> dict[str, jax.Array] | None:
+def presence(chain: Chain) -> Presence | None:
     """At which steps the chain has its latent sites.
 
     :param chain: the chain.
-    :return: for each latent site of a step a boolean array of shape ``(T, *plates)``, false where it is masked; ``None`` if no
-        site ever is.
+    :return: where sites and steps are present; ``None`` if no site is ever masked.
     """
-    if not chain.structure.masked:
+    structure = chain.structure
+    if not structure.masked:
         return None
-    return at_all_steps(chain, lambda sites: {name: unmasked(sites[name], chain) > 0 for name in chain.structure.step})
+
+    def at_step(sites):
+        latent = {site.name: unmasked(sites[site.name], chain) > 0 for site in structure.step_latents}
+        steps = functools.reduce(jnp.logical_or, latent.values())
+        if not structure.holding:
+            # A state that is known, and no latent site, is one that observed sites still read.
+            observed = [site for site in sites.values() if site["type"] == "sample" and site["is_observed"]]
+            steps = functools.reduce(jnp.logical_or, [unmasked(site, chain) > 0 for site in observed], steps)
+        return Presence(latent, steps)
+
+    return at_all_steps(chain, at_step)
 
 
 def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
@@ -184,13 +225,13 @@ def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax
     structure = chain.structure
 
     def at_scan(index, scan):
-        return (scan.init, outputs) if index == structure.scan_index else None
+        return (scan.init, outputs, {}) if index == structure.scan_index else None
 
     sites = run(chain.model, chain.arguments, {**chain.values, **initial}, random.key(0), at_scan)
     total = jnp.zeros([structure.length + 1, *(plate.size for plate in structure.plates)])
     for name in structure.later_factors:
         rows = time_rows(sites[name], structure.length, structure.plates)
-        rows = _scaled(chain, name, rows)
+        rows = _scaled(chain, name, rows) / structure.scale
         total = total.at[structure.length + 1 - len(rows) :].add(rows)
     return total
 
@@ -314,8 +355,9 @@ def _run_step(chain, inputs, state, latent):
 
 
 def _total(chain, sites, names):
-    plates = chain.structure.plates
-    densities = [per_series(_scaled(chain, name, log_prob(sites[name])), plates) for name in names]
+    plates, scale = chain.structure.plates, chain.structure.scale
+    # The scale of a minibatch is one of the bound, not of the densities of a series.
+    densities = [per_series(_scaled(chain, name, log_prob(sites[name])), plates) / scale for name in names]
     return sum(densities[1:], start=densities[0]) if densities else jnp.zeros([plate.size for plate in plates])
 
 

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import random
 
-from numpyro_pvmc.chain import at_all_steps, is_nan, presence, read_chain, unmasked
+from numpyro_pvmc.chain import at_all_steps, begin, is_nan, presence, read_chain, step, unmasked
 from numpyro_pvmc.program import Arguments, mask_of
 from numpyro_pvmc.structure import Structure, per_series
 
@@ -22,7 +23,7 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
     :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site and the first time.
     """
-    nan, nan_outside, observed, present = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
+    nan, nan_outside, masks = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
     for name, count in nan.items():
         if count.any():
             raise ValueError(
@@ -35,51 +36,88 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
                 f"The data of site '{name}' contain NaN, first at index {tuple(int(i) for i in np.argwhere(missing)[0])}. "
                 "Missing values need a mask: put `numpyro.handlers.mask` around the site."
             )
-    if present is None:
-        return
-    resumes = ~present[:-1] & present[1:]
-    starts_late = ~present[0]
-    if not structure.holding and (resumes.any() or (starts_late & present.any(0)).any()):
-        first_time = int(np.argmax(resumes.reshape(len(resumes), -1).any(-1)) + 1) if resumes.any() else int(
-            np.argmax(present.reshape(len(present), -1).all(-1))
-        )  # fmt: skip
+    if masks is not None:
+        _check_masks(structure, masks)
+
+
+class _Masks(NamedTuple):
+    """By time and series: whether the step has latent sites, whether it is a point of the chain, how many observations it has
+    in the body and after the scan, and whether these, or the next step, read its latent sites at all.
+    """
+
+    latent: jax.Array
+    steps: jax.Array
+    observed: jax.Array
+    observed_later: jax.Array
+    read: jax.Array
+
+
+def _check_masks(structure, masks):
+    names = sorted(site.name for site in structure.step_latents)
+    first = lambda where: int(np.argmax(where.reshape(len(where), -1).any(-1)))
+    resumes, starts_late = ~masks.steps[:-1] & masks.steps[1:], ~masks.steps[0]
+    if not structure.holding and (resumes.any() or (starts_late & masks.steps.any(0)).any()):
+        time = first(resumes) + 1 if resumes.any() else int(np.argmax(masks.steps.reshape(len(masks.steps), -1).all(-1)))
         raise ValueError(
-            f"The latent sites {sorted(structure.step)} are masked at some steps and unmasked at a later one (time "
-            f"{first_time} of the scan), and the state in between has no meaning. Hold it: return "
-            "`jnp.where(mask, x, x_prev)` as the new carry. (To skip a missing observation, mask the emission only.)"
+            f"The latent sites {names} are masked at some steps and unmasked at a later one (time {time} of the scan), and the "
+            "state in between has no meaning. Hold it: return `jnp.where(mask, x, x_prev)` as the new carry. (To skip a "
+            "missing observation, mask the emission only.)"
         )
-    lost = ~present & (observed > 0)
+    lost = ~masks.latent & (masks.observed > 0) & (structure.holding | masks.read)
+    lost = lost | (~masks.steps & (masks.observed_later > 0))
     if lost.any():
         raise ValueError(
-            f"At time {int(np.argmax(lost.reshape(len(lost), -1).any(-1)))} of the scan the latent sites "
-            f"{sorted(structure.step)} are masked, but an observation is not. A step without a state observes nothing: put "
-            "the emission under the same mask."
+            f"At time {first(lost)} of the scan the latent sites {names} are masked, but an observation is not. A step without "
+            "a state observes nothing: put the emission under the same mask."
         )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _look(structure, model, arguments, values):
-    """NaN by site and time; NaN by site outside the scan; number of observations, and presence, by time and series."""
+    """NaN by site and time; NaN by site outside the scan; masks by time and series, if latent sites have any."""
     chain = read_chain(structure, model, arguments, values)
+    plates = [plate.size for plate in structure.plates]
 
     def at_step(sites):
         observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
         nan = {name: is_nan(site).sum() for name, site in observed.items()}
-        none = jnp.zeros([plate.size for plate in structure.plates], jnp.int32)
-        return nan, sum((unmasked(site, chain) for site in observed.values()), start=none)
+        return nan, sum((unmasked(site, chain) for site in observed.values()), start=jnp.zeros(plates, jnp.int32))
 
     nan, observed = at_all_steps(chain, at_step)
     outside = (*structure.initial_factors, *structure.later_factors, *structure.global_factors)
     nan_outside = {name: is_nan(chain.outside[name]) for name in outside}
-    observed = observed + sum(_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors)
     present = presence(chain)
-    return nan, nan_outside, observed, None if present is None else functools.reduce(jnp.logical_or, present.values())
+    if present is None:
+        return nan, nan_outside, None
+    seen_later = [_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors]
+    later = sum(seen_later, start=jnp.zeros_like(observed))
+    latent = functools.reduce(jnp.logical_or, present.sites.values())
+    return nan, nan_outside, _Masks(latent, present.steps, observed, later, _reads_latent(chain))
+
+
+def _reads_latent(chain):
+    """Where the densities of a step and the next are others for other draws of its latent sites, by time and series."""
+    _, state = begin(chain, {site.name: chain.outside[site.name]["value"] for site in chain.structure.initial_latents})
+    after = jax.tree.map(lambda x: jnp.concatenate([x[1:], x[-1:]]), chain.inputs)
+
+    def densities(seed):
+        drawn = chain._replace(scan=chain.scan._replace(rng_key=random.key(seed)))
+
+        def two_steps(inputs, following):
+            now = step(drawn, inputs, state, {})
+            return now.edge + now.node + step(chain, following, now.state, {}).edge
+
+        return jax.vmap(two_steps)(chain.inputs, after)
+
+    one, *others = [densities(seed) for seed in range(3)]
+    differs = [(other != one) & ~(jnp.isnan(other) & jnp.isnan(one)) for other in others]
+    return functools.reduce(jnp.logical_or, differs)
 
 
 def _seen_after_scan(site, structure):
     """Where a site after the scan is not masked, by time and series."""
-    mask = mask_of(site)
+    mask, plates = mask_of(site), tuple(plate.size for plate in structure.plates)
     if mask is None or mask.ndim == 0 or mask.shape[0] not in (structure.length, structure.length + 1):
-        return 1
+        return jnp.ones((structure.length, *plates), jnp.int32)
     rows = jax.vmap(lambda row: per_series(row.astype(jnp.int32), structure.plates))(mask)
-    return rows[-structure.length :] > 0
+    return rows[-structure.length :]

@@ -8,14 +8,24 @@ from jax import lax
 
 from numpyro_pvmc.chain import Chain, after_scan, begin, step
 from numpyro_pvmc.smoothing import Edges
+from numpyro_pvmc.states import joint_values, number_of_states
 from numpyro_pvmc.structure import Structure
 
 
 class Particles(NamedTuple):
-    """Values of the chain's sites: `initial` has leading axis K, `steps` leading axes (T, K)."""
+    """Values of the chain's sites: `initial` has leading axis K, `steps` leading axes (T, K).
+
+    A chain without sites that have particles has one, without values.
+    """
 
     initial: dict[str, jax.Array]
     steps: dict[str, jax.Array]
+
+    @property
+    def number(self) -> int:
+        """K, the number of particles at each time step."""
+        numbers = [x.shape[1] for x in self.steps.values()] + [x.shape[0] for x in self.initial.values()]
+        return numbers[0] if numbers else 1
 
 
 def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
@@ -24,10 +34,12 @@ def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
     :param chain: the chain.
     :param particles: its particles.
     :return: the part that reads one particle, shape ``(T + 1, *plates, K)``; the part that reads two, a block ``(*plates, K,
-        K)`` for each step.
+        K)`` for each step. With sites that are summed over S joint values, a particle is K * S points: see
+        :mod:`numpyro_pvmc.states`.
     """
     structure = chain.structure
-    number = len(next(iter(particles.steps.values()))[0])
+    particles = _with_states(structure, particles)
+    number = particles.number
     log_begin, first_state = jax.vmap(lambda x_0: begin(chain, x_0), out_axes=(-1, 0), axis_size=number)(particles.initial)
 
     def node(inputs, state, latent):
@@ -59,6 +71,23 @@ def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
 
     before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
     return log_p, Edges(edge, (chain.inputs, before, particles.steps))
+
+
+def _with_states(structure, particles):
+    """Each particle with all joint values of the sites that are summed."""
+    number, particle = number_of_states(structure), particles.number
+    if not structure.states:
+        return particles
+
+    def tiled(values):
+        return {name: jnp.concatenate([jnp.asarray(x)] * particle) for name, x in values.items()}
+
+    repeated = lambda x, axis: jnp.repeat(x, number, axis)
+    initial = {name: repeated(x, 0) for name, x in particles.initial.items()} | tiled(joint_values(structure, False))
+    steps = {
+        name: jnp.broadcast_to(x, (structure.length, *x.shape)) for name, x in tiled(joint_values(structure, True)).items()
+    }
+    return Particles(initial, {name: repeated(x, 1) for name, x in particles.steps.items()} | steps)
 
 
 def particles_of(structure: Structure, drawn: dict[str, jax.Array]) -> Particles:

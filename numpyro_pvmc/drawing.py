@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,7 @@ def draw(
     num_particles: int,
     particles: str = "iid",
     chain_scan: int | None = None,
+    ignored: Collection[str] = (),
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array, dict[str, Any]]:
     """Draw the sites of a guide, some of them K times.
 
@@ -95,6 +96,7 @@ def draw(
     :param particles: ``"iid"``, independent draws; ``"rqmc"``, draws that are evenly spread where the law of a site allows it,
         see :mod:`numpyro_pvmc.quasirandom`, with a warning where it does not.
     :param chain_scan: which of the guide's scans draws such sites, if one does: K trajectories, then, one for each key.
+    :param ignored: sites of the guide that do not count.
     :return: ``{site: (K, ...)}``; the values of the other sites; their log density, summed; mutable state.
     :raises ValueError: if another site depends on those drawn K times.
     """
@@ -107,7 +109,7 @@ def draw(
         laws.update({name: type(sites[name]["fn"]).__name__ for name in names})
         independent.extend(draws.independent)
         samples = {name: site for name, site in sites.items() if is_latent(site)}
-        others = {name: site for name, site in samples.items() if name not in names}
+        others = {name: site for name, site in samples.items() if name not in names and name not in ignored}
         log_q = sum((_log_prob_as_drawn(site).sum() for site in others.values()), start=jnp.zeros(()))
         mutable = {name: site["value"] for name, site in sites.items() if site["type"] == "mutable"}
         values = {name: site["value"] for name, site in samples.items()}

@@ -13,6 +13,14 @@ from numpyro.primitives import mutable
 from numpyro_pvmc.chain import Chain, read_chain, read_structure
 from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
 from numpyro_pvmc.laplace import laplace
+from numpyro_pvmc.minibatch import (
+    coordinates_of_all,
+    for_all_series,
+    minibatch_plates,
+    put_series,
+    subsampled,
+    take_series,
+)
 from numpyro_pvmc.moments import Moments, dense, diagonal, spread
 from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.program import Arguments, is_traced, signature
@@ -109,24 +117,29 @@ class AutoSmoothedNormal(AutoGuide):
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         arguments = Arguments(args, kwargs)
         structure = self._structure(arguments)
+        if not structure.sites:
+            return {}
         if self._coordinates and all(set(structure.sites) != _names(known) for known in self._coordinates.values()):
             # The model without its data has more latent sites; the guide stays that of the posterior.
             state = {name: mutable(name) for point in self._names.values() for name in point}
             return sample_proposal(self._coordinates_of(state), self.proposal(state))
-        chain = read_chain(structure, self.model, arguments, {})
-        coordinates = coordinates_of_model(chain)
-        names = [name for point in ("initial", "steps") if getattr(coordinates, point) for name in self._names[point]]
-        state = {name: mutable(name) for name in names}
-        if any(value is None for value in state.values()):
-            first = jax.jit(lambda arguments: self.start(read_chain(structure, self.model, arguments, {})))
-            state = {name: mutable(name, value) for name, value in first(arguments).items()}
-        self._check_shape(state[names[-1]], chain.structure)
-        if not is_traced([block.transform for block in (*coordinates.initial, *coordinates.steps)]):
-            self._coordinates[tuple(plate.size for plate in structure.plates)] = coordinates
-        return sample_proposal(coordinates, self.proposal(state), {"refitted_by": self})
+        with minibatch_plates(structure) as indices:
+            chain = read_chain(structure, self.model, arguments, indices)
+            coordinates = coordinates_of_model(chain)
+            names = [name for point in ("initial", "steps") if getattr(coordinates, point) for name in self._names[point]]
+            state = {name: mutable(name) for name in names}
+            if any(value is None for value in state.values()):
+                first = jax.jit(lambda *read: self.start(read_chain(structure, self.model, *read)))
+                state = {name: mutable(name, value) for name, value in first(arguments, indices).items()}
+            self._check_shape(state[names[-1]], chain.structure)
+            if not is_traced([block.transform for block in (*coordinates.initial, *coordinates.steps)]):
+                totals = tuple(plate.total for plate in structure.plates)
+                self._coordinates[totals] = coordinates_of_all(coordinates, structure)
+            proposal = take_series(self.proposal(state), structure, indices)
+            return sample_proposal(coordinates, proposal, {"refitted_by": self})
 
     def start(self, chain: Chain) -> dict[str, jax.Array]:
-        """The state before any data have been seen.
+        """The state before any data have been seen; that of all series, if the chain is one of a minibatch.
 
         :param chain: the chain of the model, at the parameters to start from.
         :return: mutable state, by name.
@@ -140,7 +153,9 @@ class AutoSmoothedNormal(AutoGuide):
         if self.init_scale is not None:
             proposal = Proposal(*(_replace(part, factor=self.init_scale) for part in proposal))
         if self.init == "laplace":
+            _check_laplace(chain.structure)
             proposal = laplace(chain, coordinates, proposal)
+        proposal = for_all_series(proposal, chain.structure)
         kind = dense if self.covariance == "full" else diagonal
         return self._state(Proposal(*(None if part is None else kind(part) for part in proposal)))
 
@@ -153,8 +168,11 @@ class AutoSmoothedNormal(AutoGuide):
         """
         particles, log_weights = jax.lax.stop_gradient((lattice.particles, log_weights))
         coordinates = coordinates_of_model(lattice.chain)
+        structure, indices = lattice.chain.structure, lattice.chain.values
         proposal = self.proposal(lattice.mutable_state)
-        return self._state(refitted(coordinates, proposal, particles, log_weights, lattice.mask, self.rate))
+        part = take_series(proposal, structure, indices)
+        part = refitted(coordinates, part, particles, log_weights, lattice.mask, self.rate)
+        return self._state(put_series(proposal, part, structure, indices))
 
     def sample_posterior(
         self, rng_key: jax.Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
@@ -201,7 +219,8 @@ class AutoSmoothedNormal(AutoGuide):
     def _structure(self, arguments):
         known_for = signature(arguments)
         if known_for not in self._structures:
-            self._structures[known_for] = read_structure(self.model, arguments, {})
+            structure = read_structure(self.model, arguments, {})
+            self._structures[known_for] = structure.summing(structure.finite)
         return self._structures[known_for]
 
     def _state(self, proposal):
@@ -209,7 +228,7 @@ class AutoSmoothedNormal(AutoGuide):
         return {name: value for of, part in parts.items() for name, value in zip(self._names[of], part, strict=True)}
 
     def _check_shape(self, factor, structure):
-        expected = (structure.length, *(plate.size for plate in structure.plates))
+        expected = (structure.length, *(plate.total for plate in structure.plates))
         found = jnp.shape(factor)[: len(expected)]
         if found != expected:
             raise ValueError(
@@ -239,6 +258,19 @@ class AutoSmoothedNormal(AutoGuide):
         if initial is not None:
             values = from_coordinates(coordinates.initial, jnp.squeeze(initial, -2 - len(coordinates.initial[0].plates)))
         return values | from_coordinates(coordinates.steps, steps)
+
+
+def _check_laplace(structure):
+    if structure.states:
+        raise ValueError(
+            f"`init='laplace'` needs states with a smooth density, and {sorted(structure.states)} are discrete. Use "
+            "`init='prior'`."
+        )
+    if names := [plate.name for plate in subsampled(structure)]:
+        raise ValueError(
+            f"`init='laplace'` looks at all data, and the plates {names} draw minibatches. Use `init='prior'`, or start from "
+            "the state of a guide of the model without `subsample_size`."
+        )
 
 
 def _names(coordinates):

@@ -66,7 +66,7 @@ def _two_steps(structure, model, arguments, values, before, now):
             carry, output, sites = run_body(scan, 0, carry, first(scan.xs), latent, structure.length)
             for name in (*structure.node_factors, *structure.edge_factors):
                 densities[name] = densities.get(name, 0.0) + per_series(log_prob(sites[name]), structure.plates)
-        return carry, jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * structure.length), output)
+        return carry, jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * structure.length), output), {}
 
     initial = {name: before[name] for name in structure.initial}
     sites = run(model, arguments, {**values, **initial}, random.key(0), at_scan)
@@ -85,7 +85,7 @@ def _after_scan(structure, model, arguments, values, rows):
             return None
         steps = {name: rows[name][1:] for name in structure.step}
         output = lambda latent: run_body(scan, 0, scan.init, first(scan.xs), latent, structure.length)[1]
-        return scan.init, jax.vmap(output)(steps)
+        return scan.init, jax.vmap(output)(steps), {}
 
     initial = {name: rows[name][0] for name in structure.initial}
     sites = run(model, arguments, {**values, **initial}, random.key(0), at_scan)

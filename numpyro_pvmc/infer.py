@@ -6,21 +6,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import tqdm
 from jax import lax
 from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.combined import automatic_guide
 from numpyro_pvmc.data import check_data
-from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
-from numpyro_pvmc.phases import growth, warm_up, warming_power
+from numpyro_pvmc.phases import default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, is_traced, parameter_names, signature
 from numpyro_pvmc.proposal import check_guide, refuse_discrete
-from numpyro_pvmc.smoother import check_refinement, sample, smooth, warn_of_collapse
+from numpyro_pvmc.smoother import check_refinement, sample, smooth, warn_of_collapse, warn_of_few_draws
 from numpyro_pvmc.structure import Structure
 from numpyro_pvmc.supervised import SupervisedELBO
 
@@ -37,7 +36,7 @@ class PVMC(SVI):
     :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
     :param guide: a NumPyro program that samples the chain's sites with a leading time axis, independently over time, such as
         :class:`numpyro.infer.autoguide.AutoNormal`; by default :class:`numpyro_pvmc.AutoSmoothedNormal` with full
-        covariances, which has nothing to train.
+        covariances, which has nothing to train, and :class:`numpyro.infer.autoguide.AutoNormal` for global sites, if any.
     :param optim: an optimiser of NumPyro or Optax; Adam with a slowly decaying step by default.
     :param loss: an objective; by default ``ImportanceSmoothedELBO`` with the four choices below.
     :param num_particles: K, the number of particles at each time step.
@@ -99,15 +98,15 @@ class PVMC(SVI):
                 f"{sorted(choices)} are choices of the default loss, and cannot be given beside an explicit `loss`. Give them "
                 "to the loss: `loss=ImportanceSmoothedELBO(...)`."
             )
-        guide = AutoSmoothedNormal(model, covariance="full") if guide is None else guide
-        super().__init__(model, guide, _default_optimiser() if optim is None else optim, loss, **static_kwargs)
+        guide = automatic_guide(model) if guide is None else guide
+        super().__init__(model, guide, default_optimiser() if optim is None else optim, loss, **static_kwargs)
         self._known: dict[Any, tuple[Structure, Callable]] = {}
         self._compiled_init = jax.jit(self._init)
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
         self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "frozen", "rounds", "stable"))
         self._compiled_posterior = jax.jit(self._posterior, static_argnames=("refine",))
-        self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape", "refine"))
+        self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape", "refine", "resample"))
         self._is_refitted = False
 
     def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:
@@ -129,7 +128,7 @@ class PVMC(SVI):
         if structure is None:
             # Before NumPyro looks: what cannot be read has a name here.
             structure = read_structure(self.model, arguments, params)
-            refuse_discrete(structure, self.guide)
+            refuse_discrete(structure, self.model, self.guide)
         if not is_traced((arguments, params)):
             check_data(structure, self.model, arguments, params)
         if constrain_fn is None:
@@ -290,11 +289,15 @@ class PVMC(SVI):
         sample_shape: tuple[int, ...] = (),
         refine: int = 0,
         temper: float = 1.0,
+        resample: bool = False,
         **kwargs: Any,
     ) -> dict[str, jax.Array]:
         """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
 
-        Pass the result to :class:`numpyro.infer.Predictive`, with a longer time axis for forecasts.
+        Pass the result to :class:`numpyro.infer.Predictive`, with a longer time axis for forecasts. Global sites are draws of
+        their guide, each with particles of its own. With `resample` they are drawn again in proportion to p Z / q, their
+        importance weights, where Z is the estimate of the evidence: as the number of draws grows the joint law becomes the
+        posterior, whatever the guide. That serves a few global sites, not hundreds.
 
         :param rng_key: random key.
         :param params: trained parameters.
@@ -302,12 +305,19 @@ class PVMC(SVI):
         :param sample_shape: how many to draw.
         :param refine: as for :meth:`posterior`.
         :param temper: as for :meth:`posterior`.
+        :param resample: whether to correct the law of the global sites by importance resampling.
         :param kwargs: keyword arguments of the model and the guide.
         :return: ``{site: (*sample_shape, ...)}``, latent and deterministic sites in the shapes that the model gives them.
         """
         check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
-        return self._compiled_sample(rng_key, params, arguments, temper, sample_shape=tuple(sample_shape), refine=refine)
+        sample_shape = tuple(sample_shape)
+        samples, number = self._compiled_sample(
+            rng_key, params, arguments, temper, sample_shape=sample_shape, refine=refine, resample=resample
+        )
+        if resample and not is_traced(number):
+            warn_of_few_draws(number, sample_shape)
+        return samples
 
     def _arguments(self, args, kwargs):
         return Arguments(args, kwargs | self.static_kwargs)
@@ -367,9 +377,9 @@ class PVMC(SVI):
     def _posterior(self, rng_key, params, arguments, temper, refine):
         return smooth(rng_key, self.model, self.guide, arguments, params, self._smoothed_loss(), refine, temper)
 
-    def _sample(self, rng_key, params, arguments, temper, sample_shape, refine):
+    def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
         loss = self._smoothed_loss()
-        return sample(rng_key, self.model, self.guide, arguments, params, loss, refine, temper, sample_shape)
+        return sample(rng_key, self.model, self.guide, arguments, params, loss, refine, temper, sample_shape, resample)
 
     def _smoothed_loss(self):
         if not isinstance(self.loss, ImportanceSmoothedELBO):
@@ -377,10 +387,6 @@ class PVMC(SVI):
                 f"The posterior needs the loss `ImportanceSmoothedELBO`, but this `PVMC` has {type(self.loss).__name__}."
             )
         return self.loss
-
-
-def _default_optimiser():
-    return optax.adam(lambda step: 2e-2 / jnp.sqrt(1.0 + step / 2000.0))
 
 
 def _refuse_forward_mode(asked):

@@ -156,7 +156,7 @@ def _points(chain, coordinates, start):
 
     there = presence(chain)
     length = chain.structure.length
-    full = lambda block: jnp.ones((length, *plates, 1), bool) if there is None else there[block.latent.name][..., None]
+    full = lambda block: jnp.ones((length, *plates, 1), bool) if there is None else there.sites[block.latent.name][..., None]
     at_steps = [jnp.broadcast_to(full(block), (length, *plates, block.size)) for block in coordinates.steps]
     parts = [of_point(start.steps, jnp.concatenate(at_steps, -1))]
     if coordinates.initial:
@@ -189,7 +189,7 @@ def _log_joint(chain, coordinates, z, order):
         total = total + sum(log_jacobians(structure, coordinates.initial, initial).values())
     volumes, there = jax.vmap(functools.partial(log_jacobians, structure, coordinates.steps))(steps), presence(chain)
     for name, volume in volumes.items():
-        total = total + (volume if there is None else jnp.where(there[name], volume, 0.0)).sum(0)
+        total = total + (volume if there is None else jnp.where(there.sites[name], volume, 0.0)).sum(0)
     return total.reshape(-1)
 
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro.infer import ELBO
 
-from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.chain import minibatch, read_structure
 from numpyro_pvmc.potentials import GRADIENTS, Lattice, propose
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.quasirandom import check_particles
 from numpyro_pvmc.refinement import tempered
 from numpyro_pvmc.smoothing import check_method, log_normalizer, log_normalizer_and_weights
+from numpyro_pvmc.states import of_particles
 
 
 class ImportanceSmoothedELBO(ELBO):
@@ -143,12 +144,12 @@ class ImportanceSmoothedELBO(ELBO):
         :return: ``{"loss": ..., "mutable_state": ...}``.
         :raises ValueError: if the program has no Markov chain that can be read, or the guide does not fit it.
         """
-        _, lattice = self._lattice(rng_key, param_map, model, guide, Arguments(args, kwargs))
+        structure, lattice = self._lattice(rng_key, param_map, model, guide, Arguments(args, kwargs))
         if lattice.refitted_by:
             log_z, log_weights = log_normalizer_and_weights(lattice.node, lattice.edges, lattice.mask, self.method)
         else:
             log_z, log_weights = log_normalizer(lattice.node, lattice.edges, lattice.mask, self.method).sum(), None
-        bound = log_z + lattice.slack.sum() + lattice.log_weight_globals
+        bound = structure.scale * (log_z + lattice.slack.sum()) + lattice.log_weight_globals
         return {"loss": -bound, "mutable_state": refitted_state(lattice, log_weights) or None}
 
     def _lattice(self, rng_key, params, model, guide, arguments):
@@ -158,6 +159,7 @@ class ImportanceSmoothedELBO(ELBO):
             power, resting = self.warming
             params = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), params)
         structure = read_structure(model, arguments, params)
+        params = params | minibatch(structure, model, arguments, params, rng_key)
         lattice = propose(
             rng_key,
             structure,
@@ -194,9 +196,9 @@ def refitted_state(lattice: Lattice, log_weights: jax.Array | None) -> dict[str,
     """Mutable state after an evaluation, that of refitted guides among it.
 
     :param lattice: particles, potentials, mutable state before.
-    :param log_weights: logs of the smoothing weights, shape ``(T + 1, *plates, K)``, if a guide is to be refitted.
+    :param log_weights: logs of the smoothing weights of its points, if a guide is to be refitted.
     """
     state = lattice.mutable_state
     for guide in lattice.refitted_by:
-        state = state | guide.refitted(lattice, lax.stop_gradient(log_weights))
+        state = state | guide.refitted(lattice, of_particles(lattice.chain.structure, lax.stop_gradient(log_weights)))
     return state

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 _ROUNDS, _POWER = 15, 0.1  # of the warm-up of a refitted guide: how many at most, and the first power
 
@@ -45,3 +46,8 @@ def warming_power(left: jax.Array, rounds: int) -> jax.Array:
     :param rounds: how many there were.
     """
     return _POWER ** (jnp.maximum(left, 0) / max(rounds, 1))
+
+
+def default_optimiser() -> optax.GradientTransformation:
+    """Adam, with a step that is halved in the first 6000 updates and goes on decreasing."""
+    return optax.adam(lambda step: 2e-2 / jnp.sqrt(1.0 + step / 2000.0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from jax import random
 
 from numpyro_pvmc.chain import read_chain
 from numpyro_pvmc.densities import Particles, target
-from numpyro_pvmc.potentials import Lattice
+from numpyro_pvmc.potentials import Lattice, align
 from numpyro_pvmc.program import Arguments, run
 from numpyro_pvmc.smoothing import Marginals, sample_backward
+from numpyro_pvmc.states import joint_values, number_of_states, of_particles, probabilities
 from numpyro_pvmc.structure import Latent, Structure
 
 
@@ -26,7 +28,11 @@ from numpyro_pvmc.structure import Latent, Structure
         "log_weights",
         "log_filtering_weights",
         "globals",
+        "log_weight_globals",
+        "state_probabilities",
+        "filtering_state_probabilities",
         "present",
+        "log_filtering",
         "arguments",
         "params",
     ),
@@ -37,7 +43,8 @@ class SmoothedPosterior:
     """The posterior of a chain given its data, as weighted particles at each time.
 
     T is the number of steps of the scan, K that of particles; `plates` are those around the chain, and nothing else is a
-    batch axis. Sites before the scan, such as ``x_0``, have no T axis.
+    batch axis. Sites before the scan, such as ``x_0``, have no T axis. Discrete sites that are summed have no particles, but
+    probabilities, which are exact for a chain that has no other sites.
 
     :param log_normalizer: log of an unbiased estimate of the evidence of each series, shape ``(*plates)``, given `globals`.
     :param particles: ``{site: (T, K, *plates, *event)}``.
@@ -45,6 +52,11 @@ class SmoothedPosterior:
         padded they repeat those of its last step.
     :param log_filtering_weights: the same given the data up to each time only.
     :param globals: the draw of the global sites that was used, by name.
+    :param log_weight_globals: log p - log q of that draw, and log p of what the model observes without the chain. The sum of
+        it and the log normalizers of all series is the log importance weight of the draw.
+    :param state_probabilities: ``{site: (T, *plates, S)}`` for the sites that are summed: probabilities of their S values, in
+        the order of their support, given all data. Where a series is padded they repeat those of its last step.
+    :param filtering_state_probabilities: the same given the data up to each time only.
     :param present: ``(T, *plates)``, false where a series is padded; ``None`` if none is.
 
     It is a pytree, and may be returned from `jax.jit`.
@@ -55,11 +67,20 @@ class SmoothedPosterior:
     log_weights: dict[str, jax.Array]
     log_filtering_weights: dict[str, jax.Array]
     globals: dict[str, jax.Array]
+    log_weight_globals: jax.Array
+    state_probabilities: dict[str, jax.Array]
+    filtering_state_probabilities: dict[str, jax.Array]
     present: jax.Array | None
+    log_filtering: jax.Array = dataclasses.field(repr=False)
     arguments: Arguments = dataclasses.field(repr=False)
     params: dict[str, Any] = dataclasses.field(repr=False)
     structure: Structure = dataclasses.field(repr=False)
     model: Callable = dataclasses.field(repr=False)
+
+    @property
+    def num_particles(self) -> int:
+        """K, the number of particles at each time step; 1 if all sites are summed."""
+        return self.log_filtering.shape[-1] // number_of_states(self.structure)
 
     def mean(self) -> dict[str, jax.Array]:
         """Posterior means.
@@ -145,6 +166,7 @@ class SmoothedPosterior:
         summary |= {f"{name}_mean": x for name, x in self.mean().items()}
         summary |= {f"{name}_sd": jnp.sqrt(x) for name, x in self.variance().items()}
         summary |= {f"{name}_effective_sample_size": x for name, x in size.items()}
+        summary |= {f"{name}_probability": x for name, x in self.state_probabilities.items()}
         return _arviz(self.structure, time, samples, observed, summary)
 
     def _map(self, function):
@@ -157,22 +179,17 @@ class SmoothedPosterior:
         return result
 
 
-def smoothed_posterior(
-    lattice: Lattice, weighed: Marginals, structure: Structure, model: Callable, arguments: Arguments, params: dict[str, Any]
-) -> SmoothedPosterior:
+def smoothed_posterior(lattice: Lattice, weighed: Marginals) -> SmoothedPosterior:
     """Weigh the particles of a lattice.
 
     :param lattice: particles and potentials.
     :param weighed: the marginals of its potentials.
-    :param structure: the structure of the model's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param params: values of its parameters.
     :return: the posterior.
     """
+    chain, structure = lattice.chain, lattice.chain.structure
 
     def by_site(log_weights):
-        log_weights = jnp.moveaxis(log_weights, -1, 1)
+        log_weights = jnp.moveaxis(of_particles(structure, log_weights), -1, 1)
         at_start = dict.fromkeys(structure.initial, log_weights[0])
         return at_start | dict.fromkeys(structure.step, log_weights[1:])
 
@@ -184,11 +201,15 @@ def smoothed_posterior(
         log_weights=by_site(weighed.log_weights),
         log_filtering_weights=by_site(weighed.log_filtering_weights),
         globals=lattice.globals,
+        log_weight_globals=lattice.log_weight_globals,
+        state_probabilities=probabilities(structure, weighed.log_weights),
+        filtering_state_probabilities=probabilities(structure, weighed.log_filtering_weights),
         present=None if lattice.mask is None else lattice.mask[1:],
-        arguments=arguments,
-        params=params,
+        log_filtering=weighed.log_filtering_weights,
+        arguments=chain.arguments,
+        params={name: x for name, x in chain.values.items() if name not in lattice.globals},
         structure=structure,
-        model=model,
+        model=chain.model,
     )
 
 
@@ -200,35 +221,47 @@ def _sample(posterior, rng_key, sample_shape):
     native = {n: _untidy(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
     particles = Particles({n: native[n] for n in structure.initial}, {n: native[n] for n in structure.step})
     _, edges = target(chain, particles)
-    (name, *_) = structure.step
-    plates = tuple(plate.size for plate in structure.plates)
-    filtering = posterior.log_filtering_weights
-    start = jnp.zeros_like(filtering[name][0])
-    start = filtering[next(iter(structure.initial))] if structure.initial else start
-    filtering = jnp.moveaxis(jnp.concatenate([start[None], filtering[name]]), 1, -1)
     mask = posterior.present
-    mask = None if mask is None else jnp.concatenate([jnp.ones((1, *plates), bool), mask])
-    numbers = sample_backward(rng_key, filtering, edges, mask, (int(np.prod(sample_shape)),))
+    mask = None if mask is None else jnp.concatenate([jnp.ones_like(mask[:1]), mask])
+    key_paths, key_free = random.split(rng_key)
+    numbers = sample_backward(key_paths, posterior.log_filtering, edges, mask, (math.prod(sample_shape),))
+    states = number_of_states(structure)
 
-    def trajectory(numbers):
+    def trajectory(numbers, rng_key):
         sites = {}
         for name, x in posterior.particles.items():
-            of_site = numbers[1:] if name in structure.step else numbers[0]
+            of_site = (numbers[1:] if name in structure.step else numbers[0]) // states
             k_axis = int(name in structure.step)
             index = jnp.expand_dims(of_site, k_axis)
             index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
             picked = jnp.take_along_axis(x, index, k_axis).squeeze(k_axis)
             sites[name] = _untidy(picked, structure.sites[name], structure)
-        sites |= posterior.globals
-        return sites | _deterministic(posterior, sites)
+        sites |= _values_of_states(structure, numbers % states) | posterior.globals
+        return sites | _derived(posterior, sites, rng_key)
 
-    samples = jax.vmap(trajectory)(numbers)
+    samples = jax.vmap(trajectory)(numbers, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
 
 
-def _deterministic(posterior, sites):
-    found = run(posterior.model, posterior.arguments, posterior.params | sites, random.key(0))
-    return {name: site["value"] for name, site in found.items() if site["type"] == "deterministic"}
+def _values_of_states(structure, numbers):
+    """Values of the summed sites, from the numbers of their joint values, shape ``(T + 1, *plates)``."""
+    values = {}
+    for sites, at_steps in ((structure.initial_states, False), (structure.step_states, True)):
+        tables, of_point = joint_values(structure, at_steps), numbers[1:] if at_steps else numbers[0]
+        for site in sites:
+            number = align(of_point, site, structure)
+            table = jnp.asarray(tables[site.name])
+            table = table.reshape(len(table), *(1,) * int(at_steps), *site.shape)
+            number = jnp.broadcast_to(number, (*of_point.shape[: int(at_steps)], *site.shape))[None]
+            values[site.name] = jnp.take_along_axis(jnp.broadcast_to(table, (len(table), *number.shape[1:])), number, 0)[0]
+    return values
+
+
+def _derived(posterior, sites, rng_key):
+    """Deterministic sites, and those that nothing else reads, which are drawn from their own laws."""
+    found = run(posterior.model, posterior.arguments, posterior.params | sites, rng_key)
+    free = posterior.structure.free_sites
+    return {name: site["value"] for name, site in found.items() if site["type"] == "deterministic" or name in free}
 
 
 def _observed(posterior, sites):
@@ -287,10 +320,11 @@ def _arviz(structure, time, samples, observed, summary):
 
     samples, observed, summary = ({n: np.asarray(x) for n, x in part.items()} for part in (samples, observed, summary))
     draws = {name: x[None] for name, x in samples.items()}
-    initial = tuple(structure.initial)
+    initial = tuple(site.name for site in structure.initial_latents)
     outside = (*initial, *structure.global_sites, *structure.initial_factors, *structure.global_factors)
     dims = named({name: x[0] for name, x in samples.items()}, outside) | named(observed, outside)
-    summaries = ("log_normalizer", *(f"{name}_{of}" for name in initial for of in ("mean", "sd", "effective_sample_size")))
+    kinds = ("mean", "sd", "effective_sample_size", "probability")
+    summaries = ("log_normalizer", *(f"{site.name}_{of}" for site in structure.initial_latents for of in kinds))
     dataset = _dataset(summary, named(summary, summaries), coords)
     if int(arviz.__version__.split(".")[0]) >= 1:
         data = arviz.from_dict({"posterior": draws, "observed_data": observed}, dims=dims, coords=coords)

@@ -8,10 +8,10 @@ scan. With the proposal q_t and `log K` for each proposed step, and lower indice
     edge[t, j, k] = log p(x_t^k | x_{t-1}^j)
 
 (an emission that reads the previous state belongs to the edge; a latent site that does not, to the node). A deterministic
-start is a point of K equal particles, each of weight 1 / K.
+start is a point of K equal particles, each of weight 1 / K. Discrete sites that the guide leaves out are summed: each particle
+stands at all their joint values, see :mod:`numpyro_pvmc.states`.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,14 +19,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, random
 
-from numpyro_pvmc.chain import Chain, global_log_density, mutable_state, presence, read_chain
+from numpyro_pvmc.chain import Chain, Presence, global_log_density, mutable_state, presence, read_chain
 from numpyro_pvmc.densities import Particles, particles_of, target
 from numpyro_pvmc.drawing import draw, sites_to_draw
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.proposal import Refitted, check_guide, proposal_log_densities
 from numpyro_pvmc.smoothing import Edges
+from numpyro_pvmc.states import at_points, has_value
 from numpyro_pvmc.structure import Latent, Structure
 
 GRADIENTS = ("doubly_reparam", "reparam", "sticking", "reweighted")
@@ -34,6 +36,8 @@ GRADIENTS = ("doubly_reparam", "reparam", "sticking", "reweighted")
 
 class Lattice(NamedTuple):
     """Particles at every point of a chain, and its potentials: arguments of :mod:`numpyro_pvmc.smoothing`.
+
+    With sites that are summed over S joint values, the potentials have K * S points.
 
     `slack` is zero. Added to the log normalizer, it lets the doubly reparameterised gradient see the cotangent of each
     series. `log_weight_globals` is log p - log q of the global sites, summed, with all that reads nothing of the chain.
@@ -84,6 +88,8 @@ def propose(
     :raises ValueError: if the guide does not fit the chain.
     """
     form = check_guide(structure, guide, arguments, params)
+    structure = structure.summing(form.summed)
+    num_particles = num_particles if structure.sites else 1
     _, guide_key = random.split(rng_key)  # as `Trace_ELBO` splits it
     drawn, global_values, log_q_globals, mutable = draw(
         guide,
@@ -94,6 +100,7 @@ def propose(
         num_particles,
         particles,
         form.markovian.scan_index if form.markovian else None,
+        structure.free_sites,
     )
     reweighted = form.not_reparameterised
     if gradient == "reweighted" or (reweighted and form.markovian):  # the density of a mixture is not one of its sites
@@ -115,7 +122,7 @@ def propose(
         return proposal_log_densities(structure, guide, arguments, of_guide, guide_key, particles, present, form, names)
 
     fixed = lax.stop_gradient((params, global_values))
-    log_q = jnp.zeros(())
+    log_q = jnp.zeros((structure.length + 1, *plates, num_particles))
     if reparameterised := tuple(name for name in structure.sites if name not in reweighted):
         log_q = log_density(
             *(fixed if is_doubly or gradient == "sticking" else (params, global_values)), drawn, reparameterised
@@ -128,7 +135,7 @@ def propose(
     return Lattice(
         chain=chain,
         particles=drawn,
-        node=node + slack_node,
+        node=node + at_points(structure, slack_node),
         edges=edges,
         mask=mask,
         slack=slack,
@@ -140,21 +147,28 @@ def propose(
 
 
 def weigh(
-    chain: Chain, particles: Particles, log_q: jax.Array, present: dict[str, jax.Array] | None
+    chain: Chain, particles: Particles, log_q: jax.Array, present: Presence | None
 ) -> tuple[jax.Array, Edges, jax.Array | None]:
     """The potentials of particles.
 
     :param chain: the chain.
     :param particles: its particles.
     :param log_q: log densities of the law they were drawn from, shape ``(T + 1, *plates, K)``.
-    :param present: for each site of a step where it is not masked.
+    :param present: where the chain is present, if it is not everywhere.
     :return: nodes, edges, mask: arguments of :mod:`numpyro_pvmc.smoothing`.
     """
+    structure = chain.structure
     log_p, edges = target(chain, particles)
-    node, mask = log_p - log_q - math.log(log_q.shape[-1]), None
+    node, mask = log_p - at_points(structure, log_q) - math.log(log_q.shape[-1]), None
+    if structure.states:
+        first, rest = np.tile(has_value(structure), log_q.shape[-1])
+        node = jnp.concatenate([jnp.where(first, node[:1], -jnp.inf), jnp.where(rest, node[1:], -jnp.inf)])
     if present is not None:
-        steps = functools.reduce(jnp.logical_or, present.values())
-        mask = jnp.concatenate([jnp.ones((1, *steps.shape[1:]), bool), steps])
+        # A masked site that is summed has no density, and is one value, not many.
+        counts = {site.name: math.log(len(site.support)) * site.elements(structure.plates) for site in structure.step_states}
+        for name, count in counts.items():
+            node = node.at[1:].add(jnp.where(present.sites[name], 0.0, -count)[..., None])
+        mask = jnp.concatenate([jnp.ones((1, *present.steps.shape[1:]), bool), present.steps])
     return node, edges, mask
 
 

@@ -20,6 +20,7 @@ from numpyro.primitives import Messenger
 
 Site = dict[str, Any]
 Sites = dict[str, Site]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -81,7 +82,11 @@ def _hashable(leaf):
 
 
 class Scan(NamedTuple):
-    """What a program passed to NumPyro's `scan`, at the moment it got there."""
+    """What a program passed to NumPyro's `scan`, at the moment it got there.
+
+    `around` is what the handlers around the scan do to the sites of its body, by name: stand-ins with a leading time axis,
+    masked and scaled. It is filled when the program goes on after a scan that was replaced.
+    """
 
     body: Callable
     init: Any
@@ -91,6 +96,7 @@ class Scan(NamedTuple):
     history: int
     substitutions: tuple[tuple[str, Any], ...]
     rng_key: jax.Array | None
+    around: dict[str, Site]
 
     @property
     def is_marked(self) -> bool:
@@ -146,7 +152,7 @@ _PROBE = "_scan_probe"
 
 
 class _AtScan(Messenger):
-    """Hands each scan to a function, which may return ``(last carry, outputs)`` in place of running it."""
+    """Hands each scan to a function, which may return ``(last carry, outputs, sites)`` in place of running it."""
 
     def __init__(self, at_scan):
         self.at_scan = at_scan
@@ -158,36 +164,39 @@ class _AtScan(Messenger):
             body, init, xs, length, reverse = msg["args"]
             kwargs = msg["kwargs"]
             substitutions = tuple(kwargs["substitute_stack"])
-            scan = Scan(body, init, xs, length, reverse, kwargs["history"], substitutions, kwargs["rng_key"])
+            scan = Scan(body, init, xs, length, reverse, kwargs["history"], substitutions, kwargs["rng_key"], {})
             replacement = self.at_scan(self.count, scan)
             self.count += 1
             if replacement is not None:
-                carry, outputs = replacement
-                msg["value"] = ((0, None, carry), (PytreeTrace({_PROBE: _probe()}), outputs))
-        elif msg["type"] == "sample" and msg["infer"].get(_PROBE):
-            # Handlers around a scan act on its sites when NumPyro hands these out again after the scan. The probe is such
-            # a site: what has become of it says what they would do.
+                carry, outputs, shapes = replacement
+                # Handlers around a scan act on its sites when NumPyro hands these out again after it. So stand-ins are handed
+                # out: what has become of them is what those handlers do.
+                probes = {name: _probe(name, shape, scan.around) for name, shape in shapes.items()}
+                msg["value"] = ((0, None, carry), (PytreeTrace(probes), outputs))
+        elif msg["type"] == "sample" and _PROBE in msg["infer"]:
             msg["stop"] = True
-            if msg["name"] != _PROBE or msg["scale"] is not None or not isinstance(msg["fn"], dist.Normal):
+            name, around = msg["infer"][_PROBE]
+            if msg["name"] != name:
                 raise ValueError(
-                    "A `mask`, `scale` or `scope` handler around the chain's `scan` changes the sites of its body, and this "
-                    "cannot be read step by step. Enter the handler inside the body of the scan, around the sites it means."
+                    f"A `scope` handler around the chain's `scan` renames the sites of its body ('{name}' to '{msg['name']}'), "
+                    "which its step does not know. Enter the handler around the whole model, or not at all."
                 )
+            around[name] = msg
 
 
-def _probe():
+def _probe(name, shape, around):
     return {
         "type": "sample",
-        "name": _PROBE,
-        "fn": dist.Normal(0.0, 1.0),
+        "name": name,
+        "fn": dist.Normal(0.0, 1.0).expand(shape),
         "args": (),
         "kwargs": {"rng_key": None, "sample_shape": ()},
-        "value": jnp.zeros(()),
+        "value": jnp.zeros(shape),
         "scale": None,
         "is_observed": True,
         "intermediates": [],
         "cond_indep_stack": [],
-        "infer": {_PROBE: True},
+        "infer": {_PROBE: (name, around)},
         "_control_flow_done": True,
     }
 
@@ -197,7 +206,7 @@ def run(
     arguments: Arguments,
     values: dict[str, Any],
     rng_key: jax.Array,
-    at_scan: Callable[[int, Scan], tuple[Any, Any] | None] = lambda index, scan: None,
+    at_scan: Callable[[int, Scan], tuple[Any, Any, Shapes] | None] = lambda index, scan: None,
 ) -> Sites:
     """Run a program with some of its sites given.
 
@@ -205,8 +214,8 @@ def run(
     :param arguments: what it is called with.
     :param values: values of parameters and sites, by name; sites not among them are drawn.
     :param rng_key: random key.
-    :param at_scan: is told of each scan, in order; what it returns stands for the last carry and the outputs of the scan,
-        whose sites the program then does not have. ``None`` runs the scan.
+    :param at_scan: is told of each scan, in order; what it returns stands for the last carry, the outputs and the batch shapes
+        of the sample sites of the scan, time included, which the program then does not have. ``None`` runs the scan.
     :return: the sites outside the scans that were replaced, by name.
     """
     with block(), trace() as sites, _AtScan(at_scan), substitute(data=values), seed(rng_seed=rng_key):
@@ -252,7 +261,35 @@ def run_body(scan: Scan, t: Any, carry: Any, x: Any, values: dict[str, Any], len
             body = substitute(body, substitute_fn=given_here)
     with block(), trace() as sites, substitute(data=values), _NoScan():
         carry, output = body(carry, x)
-    return carry, output, sites
+    return carry, output, under_handlers(sites, scan, t)
+
+
+def under_handlers(sites: Sites, scan: Scan, t: Any) -> Sites:
+    """The sites of a step as the handlers around the scan leave them: masked, scaled.
+
+    :param sites: sites of one step.
+    :param scan: the scan.
+    :param t: number of the step, from 0.
+    """
+    changed = {}
+    for name, around in scan.around.items():
+        site, mask, scale = sites[name], mask_of(around), around["scale"]
+        if mask is not None:
+            site = {**site, "fn": site["fn"].mask(mask[t])}
+        if scale is not None:
+            scale = jnp.broadcast_to(scale, around["fn"].batch_shape)[t] if jnp.ndim(scale) else scale
+            site = {**site, "scale": scale if site["scale"] is None else scale * site["scale"]}
+        changed[name] = site
+    return sites | changed
+
+
+def batch_shapes(sites: Sites, length: int) -> Shapes:
+    """Batch shapes of the sample sites of a scan, by name.
+
+    :param sites: sites of one step.
+    :param length: number of steps.
+    """
+    return {name: (length, *site["fn"].batch_shape) for name, site in sites.items() if site["type"] == "sample"}
 
 
 class _NoScan(Messenger):

@@ -19,7 +19,7 @@ import numpyro.distributions as dist
 from jax import lax, random
 from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
-from numpyro_pvmc.chain import Chain, read_chain, read_structure
+from numpyro_pvmc.chain import Chain, Presence, read_chain, read_structure
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.program import Arguments, Scan, is_latent, log_densities, log_prob, run, run_body
 from numpyro_pvmc.semiring import logsumexp
@@ -54,12 +54,14 @@ class Form(NamedTuple):
     """What kind of guide it is.
 
     `markovian` is the structure of the guide's own chain, if it has one. `not_reparameterised` are the chain's sites whose
-    draws have no gradient. `refitted_by` are the parts of the guide that want to be refitted from the weights.
+    draws have no gradient. `refitted_by` are the parts of the guide that want to be refitted from the weights. `summed` are
+    the discrete sites of the chain that the guide leaves out.
     """
 
-    markovian: Structure | None
-    not_reparameterised: tuple[str, ...]
-    refitted_by: tuple[Refitted, ...]
+    markovian: Structure | None = None
+    not_reparameterised: tuple[str, ...] = ()
+    refitted_by: tuple[Refitted, ...] = ()
+    summed: tuple[str, ...] = ()
 
 
 def proposal_log_densities(
@@ -69,7 +71,7 @@ def proposal_log_densities(
     values: dict[str, Any],
     rng_key: jax.Array,
     particles: Particles,
-    present: dict[str, jax.Array] | None,
+    present: Presence | None,
     form: Form,
     names: tuple[str, ...] | None = None,
 ) -> jax.Array:
@@ -81,14 +83,12 @@ def proposal_log_densities(
     :param values: values of its parameters, mutable state and global sites.
     :param rng_key: random key.
     :param particles: particles.
-    :param present: for each site of a step where it is not masked in the model; a masked site has no density, neither here nor
-        there.
+    :param present: where the chain is present; a site that is masked in the model has no density, neither here nor there.
     :param form: what kind of guide it is.
     :param names: the sites that count; all by default.
     :return: an array of shape ``(T + 1, *plates, K)``.
     :raises ValueError: if the log density of a site has no time axis, or lacks a plate.
     """
-
     names = tuple(structure.sites) if names is None else names
 
     def one(initial, steps):
@@ -96,21 +96,21 @@ def proposal_log_densities(
         at_start = [_by_series(sites[name], site, structure, 0) for name, site in structure.initial.items() if name in names]
         at_steps = {name: _by_series(sites[name], site, structure, 1) for name, site in structure.step.items() if name in names}
         if present is not None:
-            at_steps = {name: jnp.where(present[name], log_q, 0.0) for name, log_q in at_steps.items()}
+            at_steps = {name: jnp.where(present.sites[name], log_q, 0.0) for name, log_q in at_steps.items()}
         nothing = jnp.zeros([structure.length, *(plate.size for plate in structure.plates)])
         log_steps, log_start = sum(at_steps.values(), start=nothing), sum(at_start, start=nothing[0])
         return jnp.concatenate([log_start[None], log_steps])
 
-    log_q = jax.vmap(one, in_axes=(0, 1), out_axes=-1)(particles.initial, particles.steps)
+    log_q = jax.vmap(one, in_axes=(0, 1), out_axes=-1, axis_size=particles.number)(particles.initial, particles.steps)
     if form.markovian is None:
         return log_q
     log_steps = _mixture(form.markovian, guide, arguments, values, particles)
     if present is not None:
-        log_steps = jnp.where(next(iter(present.values()))[..., None], log_steps, 0.0)
+        log_steps = jnp.where(next(iter(present.sites.values()))[..., None], log_steps, 0.0)
     return jnp.concatenate([log_q[:1], log_steps])
 
 
-def check_guide(structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> tuple[Refitted, ...]:
+def check_guide(structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> Form:
     """Refuse a guide that does not fit the chain.
 
     :param structure: the structure of the model's chain.
@@ -121,7 +121,6 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     :raises ValueError: naming the site that is missing, unknown, of a wrong shape, or not independent over time; or what of
         the guide's own chain differs from the model's.
     """
-    refuse_discrete(structure, guide)
     found, scanned = [], []
 
     def look(params, arguments):
@@ -130,10 +129,13 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
 
     jax.eval_shape(look, params, arguments)
     (sites,) = found
+    summed = tuple(name for name in structure.finite if name not in sites)
+    structure = structure.summing(summed)
     expected = (*structure.sites, *structure.global_sites)
     missing = [name for name in expected if name not in sites]
-    unknown = [name for name, site in sites.items() if name not in expected and not site["infer"].get("is_auxiliary")]
-    joint = [name for name, site in sites.items() if name not in expected and site["infer"].get("is_auxiliary")]
+    others = {name: site for name, site in sites.items() if name not in (*expected, *structure.free_sites)}
+    unknown = [name for name, site in others.items() if not site["infer"].get("is_auxiliary")]
+    joint = [name for name, site in others.items() if site["infer"].get("is_auxiliary")]
     _check_discrete(structure, missing)
     if missing:
         raise ValueError(
@@ -160,6 +162,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
         markovian=_guide_chain(structure, guide, arguments, params) if set(scanned) & set(structure.step) else None,
         not_reparameterised=tuple(name for name in structure.sites if not sites[name]["fn"].has_rsample),
         refitted_by=tuple(dict.fromkeys(mark for mark in marks if mark is not None)),
+        summed=summed,
     )
 
 
@@ -222,24 +225,33 @@ def _mixture(own, guide, arguments, values, particles):
     return node[1:] + lax.scan(mix, None, edges.inputs)[1]
 
 
-def refuse_discrete(structure: Structure, guide: Callable) -> None:
-    """Refuse an automatic guide for discrete sites, which none can sample.
+def refuse_discrete(structure: Structure, model: Callable, guide: Callable) -> None:
+    """Refuse an automatic guide of NumPyro's for discrete sites, none of which can sample them.
 
     :param structure: the structure of the model's chain.
+    :param model: a NumPyro program.
     :param guide: a NumPyro program.
     :raises ValueError: naming the site.
     """
-    if isinstance(guide, AutoGuide) and not isinstance(guide, AutoGuideList):
-        _check_discrete(structure, structure.sites)
+    is_stock = isinstance(guide, AutoGuide) and type(guide).__module__.startswith("numpyro.")
+    if not is_stock or isinstance(guide, AutoGuideList) or guide.model is not model:
+        return
+    names, own = list(structure.finite), type(guide).__name__
+    if names:
+        raise ValueError(
+            f"Latent sites {names} are discrete, and `{own}` cannot sample them. Hide them from it: "
+            f"`{own}(numpyro.handlers.block(model, hide={names}))`. What the guide leaves out is summed over all its values."
+        )
+    _check_discrete(structure, structure.sites)
 
 
 def _check_discrete(structure, missing):
     for name in missing:
         if name in structure.sites and not jnp.issubdtype(structure.sites[name].dtype, jnp.inexact):
             raise ValueError(
-                f"Latent site '{name}' is discrete, and the guide does not sample it; automatic guides do not. Sample it in "
-                "the guide, as with `numpyro.sample(name, dist.Categorical(logits=...))` whose logits, a parameter, have a "
-                "leading time axis; or sum it out of the model, as with `dist.MixtureSameFamily`."
+                f"Latent site '{name}' is discrete, and the guide does not sample it; its values are not finitely many, or are "
+                "not known beforehand, so it cannot be summed over them. Sample it in the guide, as with "
+                "`numpyro.sample(name, dist.Poisson(rate))` whose rate, a parameter, has a leading time axis."
             )
 
 
@@ -270,7 +282,7 @@ def _check_guide_site(name, site, latent, steps, joint):
 
 def _by_series(site, latent: Latent, structure, leading):
     """Log density of a guide's site, summed over all axes but time and plates."""
-    log_density = log_prob(site)
+    log_density = log_prob(site) / _scale(site, structure)
     for plate in structure.plates:
         if log_density.ndim <= leading + len(latent.batch_shape) + plate.dim:
             raise ValueError(
@@ -282,3 +294,9 @@ def _by_series(site, latent: Latent, structure, leading):
     plates = tuple(plate._replace(dim=plate.dim + missing) for plate in structure.plates)
     log_density = jnp.broadcast_to(log_density, jnp.shape(site["value"])[: log_density.ndim])
     return jax.vmap(lambda row: per_series(row, plates))(log_density) if leading else per_series(log_density, plates)
+
+
+def _scale(site, structure):
+    """How many series each one stands for in a minibatch, if the guide says so too."""
+    around = {frame.name for frame in site["cond_indep_stack"]} if site["scale"] is not None else ()
+    return math.prod(plate.total / plate.size for plate in structure.plates if plate.name in around)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_pvmc.chain import Chain, presence
+from numpyro_pvmc.chain import Chain, global_log_density, presence
 from numpyro_pvmc.coordinates import Coordinates, Proposal, particle_coordinates, sample_sites
 from numpyro_pvmc.densities import Particles, particles_of
 from numpyro_pvmc.drawing import draw, sites_to_draw
@@ -19,6 +19,7 @@ from numpyro_pvmc.potentials import Lattice, weigh
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.proposal import Form, proposal_log_densities
 from numpyro_pvmc.smoothing import Edges, marginals
+from numpyro_pvmc.states import of_particles
 
 
 def refine(
@@ -53,7 +54,7 @@ def refine(
         lattice = propose_gaussian(key, chain, coordinates, proposal, num_particles, particles)
         power = jnp.asarray(temper, lattice.node.dtype) ** jnp.maximum(1 - number / rising, 0)
         edges = tempered(lattice.edges, power)
-        log_weights = marginals(lattice.node, edges, lattice.mask, method).log_weights
+        log_weights = of_particles(chain.structure, marginals(lattice.node, edges, lattice.mask, method).log_weights)
         return refitted(coordinates, proposal, lattice.particles, log_weights, lattice.mask), None
 
     proposal, _ = lax.scan(one, proposal, (random.split(rng_key, rounds), jnp.arange(rounds)))
@@ -67,6 +68,7 @@ def propose_gaussian(
     proposal: Proposal,
     num_particles: int,
     particles: str = "rqmc",
+    log_q_globals: float | jax.Array = 0.0,
 ) -> Lattice:
     """Draw particles from a Gaussian proposal, and weigh them.
 
@@ -76,6 +78,7 @@ def propose_gaussian(
     :param proposal: Gaussians in these coordinates.
     :param num_particles: K, the number of particles at each time step.
     :param particles: how particles are drawn.
+    :param log_q_globals: log density of the global sites of `chain` under the law they were drawn from.
     :return: particles and potentials, given the global sites of `chain`.
     """
     structure, arguments = chain.structure, Arguments()
@@ -86,11 +89,11 @@ def propose_gaussian(
     drawn, _, _, _ = draw(guide, arguments, {}, rng_key, sites_to_draw(structure), num_particles, particles)
     drawn = particles_of(structure, drawn)
     present = presence(chain)
-    log_q = proposal_log_densities(structure, guide, arguments, {}, rng_key, drawn, present, Form(None, (), ()))
+    log_q = proposal_log_densities(structure, guide, arguments, {}, rng_key, drawn, present, Form())
     node, edges, mask = weigh(chain, drawn, log_q, present)
     of_globals = {name: chain.values[name] for name in structure.global_sites}
     zero = jnp.zeros([plate.size for plate in structure.plates], node.dtype)
-    return Lattice(chain, drawn, node, edges, mask, zero, of_globals, jnp.zeros((), node.dtype), {})
+    return Lattice(chain, drawn, node, edges, mask, zero, of_globals, global_log_density(chain) - log_q_globals, {})
 
 
 def sample_proposal(coordinates: Coordinates, proposal: Proposal, infer: dict[str, Any] | None = None) -> dict[str, jax.Array]:

@@ -104,7 +104,6 @@ def marginals(
     :param method: as for :func:`log_normalizer`, for the smoothing weights.
     :return: log normalizer, log smoothing weights, log filtering weights.
     """
-
     node = _at_least_single(node)
     if _is_associative(method, node):
         log_z = log_normalizer(node, edge, mask, method)

@@ -208,16 +208,17 @@ class SupervisedELBO(ImportanceSmoothedELBO):
         :raises ValueError: if the program has no Markov chain that can be read, the guide does not fit it, `truth` has an
             unknown site or a wrong shape, or `error` returns no scalar.
         """
-        arguments = Arguments(args, kwargs)
-        structure, lattice = self._lattice(rng_key, param_map, model, guide, arguments)
+        _, lattice = self._lattice(rng_key, param_map, model, guide, Arguments(args, kwargs))
+        structure = lattice.chain.structure
         _check_continuous(structure)
         truth = _check_truth(self.truth(*args, **kwargs), structure)
         weighed = marginals(lattice.node, lattice.edges, lattice.mask, self.method)
-        posterior = smoothed_posterior(lattice, weighed, structure, model, arguments, param_map)
-        loss = _mean_error(self.error, posterior, truth, self.filtering).sum()
+        posterior = smoothed_posterior(lattice, weighed)
+        loss = structure.scale * _mean_error(self.error, posterior, truth, self.filtering).sum()
         if self.bound:
-            points = structure.length + bool(structure.initial)
-            loss = loss - self.bound * (posterior.log_normalizer.sum() + lattice.log_weight_globals) / points
+            points = structure.length + bool(structure.initial_latents)
+            bound = structure.scale * posterior.log_normalizer.sum() + lattice.log_weight_globals
+            loss = loss - self.bound * bound / points
         return {"loss": loss, "mutable_state": refitted_state(lattice, weighed.log_weights) or None}
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import random
 
-from numpyro_pvmc.program import Arguments, Scan, Site, Sites, is_latent, run, run_body
+from numpyro_pvmc.program import Arguments, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
 
 _KEY = 0  # the seed of abstract runs, whose draws are never used
 
@@ -37,20 +37,25 @@ def survey(model: Callable, arguments: Arguments, values: dict[str, Any]) -> tup
     :return: its scans in order, and the sites outside of them.
     :raises ValueError: if an observed value does not fit its law, or a scan its inputs.
     """
-    found = []
+    met = []
 
     def at_scan(index, scan):
         length = length_of(scan)
         carry, output, sites = run_body(scan, 0, scan.init, first(scan.xs), {}, length)
         for site in sites.values():
             _check_observation(site)
-        latent = {name: site for name, site in sites.items() if is_latent(site)}
-        if latent:
+        if any(map(is_latent, sites.values())):
             _check_carry_shapes(scan.init, carry)
-        found.append(Found(index, length, scan.is_marked, scan.reverse, scan.history, latent, sites))
-        return scan.init, _stacked_zeros(output, length)
+        met.append((scan, length, sites))
+        return scan.init, _stacked_zeros(output, length), batch_shapes(sites, length)
 
-    return found, run(model, arguments, values, random.key(_KEY), at_scan)
+    outside = run(model, arguments, values, random.key(_KEY), at_scan)
+    found = []
+    for index, (scan, length, sites) in enumerate(met):
+        sites = under_handlers(sites, scan, 0)
+        latent = {name: site for name, site in sites.items() if is_latent(site)}
+        found.append(Found(index, length, scan.is_marked, scan.reverse, scan.history, latent, sites))
+    return found, outside
 
 
 def choose_chain(found: list[Found]) -> Found:
@@ -84,13 +89,16 @@ def choose_chain(found: list[Found]) -> Found:
     return chain
 
 
-def capture(model: Callable, arguments: Arguments, values: dict[str, Any], scan_index: int) -> tuple[Scan, Sites]:
+def capture(
+    model: Callable, arguments: Arguments, values: dict[str, Any], scan_index: int, rng_key: jax.Array | None = None
+) -> tuple[Scan, Sites]:
     """Run a program up to its chain, and past it with outputs of zero.
 
     :param model: a NumPyro program.
     :param arguments: what it is called with.
     :param values: values of parameters and of sites outside the scan.
     :param scan_index: which of its scans, in order.
+    :param rng_key: random key of what is not given, where that matters.
     :return: the scan, and the sites outside of it.
     """
     captured = []
@@ -99,11 +107,16 @@ def capture(model: Callable, arguments: Arguments, values: dict[str, Any], scan_
         if index != scan_index:
             return None
         captured.append(scan)
-        length = length_of(scan)
-        one = jax.eval_shape(lambda: run_body(scan, 0, scan.init, first(scan.xs), {}, length)[1])
-        return scan.init, _stacked_zeros(one, length)
+        length, shapes = length_of(scan), {}
 
-    sites = run(model, arguments, values, random.key(_KEY), at_scan)
+        def one():
+            _, output, sites = run_body(scan, 0, scan.init, first(scan.xs), {}, length)
+            shapes.update(batch_shapes(sites, length))
+            return output
+
+        return scan.init, _stacked_zeros(jax.eval_shape(one), length), shapes
+
+    sites = run(model, arguments, values, random.key(_KEY) if rng_key is None else rng_key, at_scan)
     return captured[0], sites
 
 

@@ -1,0 +1,143 @@
+"""A guide for states and one for parameters in, a guide for both out."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import random
+from numpyro.handlers import block, seed
+from numpyro.infer.autoguide import AutoGuide, AutoNormal
+
+from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.guides import AutoSmoothedNormal
+from numpyro_pvmc.program import Arguments, signature
+from numpyro_pvmc.structure import Structure
+
+
+class AutoStateSpace(AutoGuide):
+    """A guide for a model with priors on its parameters: states by one guide, global sites by another.
+
+    The sites of the chain go to `states`, all other latent sites to `parameters`; a model without either leaves that guide out.
+    Discrete sites of the chain that can be summed, and missing observations, have no guide.
+
+    :param model: a NumPyro program with a chain.
+    :param parameters: takes a model and returns a guide, such as the automatic guides of NumPyro do; it is given a model that
+        has the global sites only. Parameters that are correlated want
+        :class:`numpyro.infer.autoguide.AutoMultivariateNormal`.
+    :param states: takes a model and returns a guide for its chain. Choices of a guide's own can be given with
+        :func:`functools.partial`.
+    :param prefix: begins the names of parameters and state.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.contrib.control_flow import scan
+        >>> from numpyro.infer.autoguide import AutoMultivariateNormal
+        >>> from numpyro_pvmc import PVMC, AutoStateSpace
+        >>> def model(y):
+        ...     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        ...     def step(x_prev, y_t):
+        ...         x = numpyro.sample("x", dist.Normal(x_prev, scale))
+        ...         numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        ...         return x, None
+        ...     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
+        >>> y = jnp.sin(jnp.arange(20.0) / 3)
+        >>> pvmc = PVMC(model, AutoStateSpace(model, AutoMultivariateNormal), num_particles=16)
+        >>> result = pvmc.run(jax.random.key(0), 200, y, progress_bar=False)
+        >>> samples = pvmc.sample_posterior(jax.random.key(1), result.params, y, sample_shape=(10,))
+        >>> samples["scale"].shape, samples["x"].shape
+        ((10,), (10, 20))
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        parameters: Callable[..., Callable] = AutoNormal,
+        states: Callable[..., Callable] = AutoSmoothedNormal,
+        *,
+        prefix: str = "auto",
+    ):
+        for name, make in (("parameters", parameters), ("states", states)):
+            if isinstance(make, AutoGuide) or not callable(make):
+                raise TypeError(
+                    f"`{name}` must take a model and return a guide, as `AutoNormal` does, but got a {type(make).__name__}. "
+                    "Give the class, not a guide of it; choices of its own with `functools.partial`."
+                )
+        super().__init__(model, prefix=prefix)
+        self.states = states(model, prefix=prefix)
+        self.parameters = parameters(block(seed(model, 0), hide_fn=self._is_no_parameter), prefix=prefix)
+        self._structures: dict[Any, Structure] = {}
+        self._names: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        structure = self._structure(Arguments(args, kwargs))
+        values = {}
+        if structure.global_sites:
+            self._names = structure.global_sites
+            values = dict(self.parameters(*args, **kwargs))
+        if structure.sites:
+            values |= self.states(*args, **kwargs)
+        return values
+
+    def sample_posterior(
+        self, rng_key: jax.Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
+    ) -> dict[str, jax.Array]:
+        """Draw global sites from their guide, which is their posterior, and states from the proposal, which is not.
+
+        The joint posterior is that of :meth:`PVMC.sample_posterior`.
+
+        :param rng_key: random key.
+        :param params: parameters and mutable state.
+        :param args: arguments of the model.
+        :param sample_shape: how many to draw.
+        :param kwargs: keyword arguments of the model.
+        :return: ``{site: (*sample_shape, ...)}``.
+        """
+        keys = iter(random.split(rng_key))
+        draw = lambda guide: guide.sample_posterior(next(keys), params, *args, sample_shape=sample_shape, **kwargs)
+        return self._of_both(draw)
+
+    def median(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        """Medians of global sites, and of the proposal of the states.
+
+        :param params: parameters and mutable state.
+        :param args: arguments of the model, if the guide of the states reads the data.
+        :param kwargs: keyword arguments of the model.
+        """
+        return self._of_both(lambda guide: guide.median(params, *(args if guide is self.states else ()), **kwargs))
+
+    def quantiles(self, params: dict[str, Any], quantiles: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        """Quantiles of global sites, and of the proposal of the states.
+
+        :param params: parameters and mutable state.
+        :param quantiles: numbers between 0 and 1.
+        :param args: arguments of the model, if the guide of the states reads the data.
+        :param kwargs: keyword arguments of the model.
+        """
+        of_states = lambda guide: args if guide is self.states else ()
+        return self._of_both(lambda guide: guide.quantiles(params, quantiles, *of_states(guide), **kwargs))
+
+    def _of_both(self, function):
+        values = dict(function(self.parameters)) if self._names else {}
+        return values | function(self.states)
+
+    def _is_no_parameter(self, site):
+        return site["type"] != "plate" and site.get("name") not in self._names
+
+    def _structure(self, arguments):
+        known_for = signature(arguments)
+        if known_for not in self._structures:
+            structure = read_structure(self.model, arguments, {})
+            self._structures[known_for] = structure.summing(structure.finite)
+        return self._structures[known_for]
+
+
+def automatic_guide(model: Callable) -> AutoStateSpace:
+    """The guide of a model for which none is given: states with full covariances.
+
+    :param model: a NumPyro program with a chain.
+    """
+    return AutoStateSpace(model, states=functools.partial(AutoSmoothedNormal, covariance="full"))

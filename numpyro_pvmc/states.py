@@ -1,0 +1,119 @@
+"""Discrete sites of a chain in; all the values they can have together, and the weights of these, out.
+
+A point of the chain with K particles, and sites that are summed over S joint values, has K * S points of the lattice: those of
+particle k are the ones from k * S to (k + 1) * S - 1. The beginning may have fewer joint values than a step, or more; what it
+lacks are points without weight.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_pvmc.semiring import logsumexp
+from numpyro_pvmc.structure import Structure
+
+_MOST = 4096  # joint values of a point, of which there is a matrix for each step
+
+
+def number_of_states(structure: Structure) -> int:
+    """S, how many joint values the summed sites of one point have: those of the beginning or of a step, if these are more.
+
+    :param structure: the structure of the chain.
+    :raises ValueError: if they are too many to sum over.
+    """
+    numbers = [_number(sites, structure) for sites in (structure.initial_states, structure.step_states)]
+    if max(numbers) > _MOST:
+        raise ValueError(
+            f"The discrete sites {sorted(structure.states)} of one step have {max(numbers)} joint values for one series, too "
+            f"many to sum over (at most {_MOST}). Sample some of them in the guide, or put independent ones into a plate "
+            "around the chain."
+        )
+    return max(numbers)
+
+
+def joint_values(structure: Structure, at_steps: bool) -> dict[str, np.ndarray]:
+    """All joint values of the summed sites of one point.
+
+    :param structure: the structure of the chain.
+    :param at_steps: whether the point is a step, or the beginning.
+    :return: ``{site: (S, *batch, *event)}``, the same for all series; the last value is repeated where there are fewer.
+    """
+    sites = structure.step_states if at_steps else structure.initial_states
+    supports = [support for site in sites for support in [site.support] * site.elements(structure.plates)]
+    rows = np.array(list(itertools.product(*supports)), int).reshape(_number(sites, structure), len(supports))
+    rows = np.pad(rows, ((0, number_of_states(structure) - len(rows)), (0, 0)), mode="edge")
+    values, first = {}, 0
+    for site in sites:
+        last = first + site.elements(structure.plates)
+        of_one = rows[:, first:last].reshape(-1, *site.shape_of_one(structure.plates))
+        values[site.name] = np.broadcast_to(of_one, (len(rows), *site.shape)).astype(site.dtype)
+        first = last
+    return values
+
+
+def has_value(structure: Structure) -> np.ndarray:
+    """Which of the S joint values there are, at the beginning and at a step: shape ``(2, S)``.
+
+    :param structure: the structure of the chain.
+    """
+    numbers = [_number(sites, structure) for sites in (structure.initial_states, structure.step_states)]
+    return np.arange(number_of_states(structure)) < np.array(numbers)[:, None]
+
+
+def at_points(structure: Structure, of_particles: jax.Array) -> jax.Array:
+    """What particles have, at all joint values of the summed sites.
+
+    :param structure: the structure of the chain.
+    :param of_particles: an array of shape ``(..., K)``.
+    :return: an array of shape ``(..., K * S)``.
+    """
+    number = number_of_states(structure)
+    return of_particles if number == 1 else jnp.repeat(of_particles, number, -1)
+
+
+def of_particles(structure: Structure, log_weights: jax.Array) -> jax.Array:
+    """Logs of the weights of particles, whatever the values of the summed sites.
+
+    :param structure: the structure of the chain.
+    :param log_weights: logs of weights of the points of a lattice, shape ``(..., K * S)``.
+    :return: an array of shape ``(..., K)``.
+    """
+    number = number_of_states(structure)
+    return log_weights if number == 1 else logsumexp(log_weights.reshape(*log_weights.shape[:-1], -1, number), -1)
+
+
+def probabilities(structure: Structure, log_weights: jax.Array) -> dict[str, jax.Array]:
+    """Probabilities of the values of each summed site.
+
+    :param structure: the structure of the chain.
+    :param log_weights: logs of weights of the points of a lattice, shape ``(T + 1, *plates, K * S)``.
+    :return: ``{site: (T, *plates, *event, number of values)}``, without T for initial sites; batch axes of more than one
+        element that are no plate count as event axes.
+    """
+    weights = jnp.exp(log_weights)
+    weights = weights.reshape(*weights.shape[:-1], -1, number_of_states(structure)).sum(-2)
+    found = {}
+    for sites, at_steps in ((structure.initial_states, False), (structure.step_states, True)):
+        values = joint_values(structure, at_steps)
+        for site in sites:
+            shape = site.shape_of_one(structure.plates)
+            of_one = _first_series(values[site.name], site, structure)
+            of_one = of_one.reshape(len(of_one), -1)
+            is_value = of_one[..., None] == np.array(site.support)
+            own = jnp.einsum("...s,sev->...ev", weights[1:] if at_steps else weights[0], is_value.astype(weights.dtype))
+            event = tuple(size for size in shape[: len(site.batch_shape)] if size > 1) + site.event_shape
+            found[site.name] = own.reshape(*own.shape[:-2], *event, len(site.support))
+    return found
+
+
+def _number(sites, structure):
+    return math.prod(len(site.support) ** site.elements(structure.plates) for site in sites)
+
+
+def _first_series(values, site, structure):
+    for plate in structure.plates:
+        values = values.take([0], 1 + len(site.batch_shape) + plate.dim)
+    return values
