@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpyro
 from jax import random
-from numpyro.handlers import block, seed
+from numpyro.handlers import block, seed, substitute
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.guides import AutoSmoothedNormal
+from numpyro_pvmc.minibatch import minibatch_plates
 from numpyro_pvmc.program import Arguments, signature
 from numpyro_pvmc.structure import Structure
 
@@ -69,17 +71,22 @@ class AutoStateSpace(AutoGuide):
         super().__init__(model, prefix=prefix)
         self.states = states(model, prefix=prefix)
         self.parameters = parameters(block(seed(model, 0), hide_fn=self._is_no_parameter), prefix=prefix)
+        if isinstance(self.parameters, AutoGuide):
+            self.parameters.create_plates = self._plates  # those it makes itself keep the size of the first minibatch
         self._structures: dict[Any, Structure] = {}
         self._names: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         structure = self._structure(Arguments(args, kwargs))
         values = {}
-        if structure.global_sites:
-            self._names = structure.global_sites
-            values = dict(self.parameters(*args, **kwargs))
-        if structure.sites:
-            values |= self.states(*args, **kwargs)
+        with minibatch_plates(structure) as indices:
+            pass
+        with substitute(data=indices):  # both guides see one minibatch
+            if structure.global_sites:
+                self._names = structure.global_sites
+                values = dict(self.parameters(*args, **kwargs))
+            if structure.sites:
+                values |= self.states(*args, **kwargs)
         return values
 
     def sample_posterior(
@@ -123,6 +130,10 @@ class AutoStateSpace(AutoGuide):
     def _of_both(self, function):
         values = dict(function(self.parameters)) if self._names else {}
         return values | function(self.states)
+
+    def _plates(self, *args, **kwargs):
+        structure = self._structure(Arguments(args, kwargs))
+        return [numpyro.plate(p.name, p.total, subsample_size=p.size, dim=p.dim) for p in structure.plates]
 
     def _is_no_parameter(self, site):
         return site["type"] != "plate" and site.get("name") not in self._names
