@@ -135,10 +135,21 @@ def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[
         first carry.
     """
     structure = chain.structure
-    scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, structure.scan_index)
-    state, _ = _split(structure, scan.init)
+    state, sites = sites_at_start(chain, initial)
     names = [site.name for site in structure.initial_latents]
     return _total(chain, sites, (*names, *structure.initial_factors)), state
+
+
+def sites_at_start(chain: Chain, initial: dict[str, jax.Array]) -> tuple[list[jax.Array], Sites]:
+    """The sites outside the scan, for one particle.
+
+    :param chain: the chain.
+    :param initial: values of the initial sites.
+    :return: state leaves of the first carry; sites, of which those after the scan have no meaning.
+    """
+    scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, chain.structure.scan_index)
+    state, _ = _split(chain.structure, scan.init)
+    return state, sites
 
 
 def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, jax.Array]) -> Step:
@@ -151,13 +162,24 @@ def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, ja
     :return: log densities, new state, output. Under `jax.vmap` over `latent` alone, what reads `latent` alone is computed
         once for each.
     """
-    structure = chain.structure
-    carry, output, sites = _run_step(chain, inputs, state, latent)
-    new_state, _ = _split(structure, carry)
-    new_state = [new.astype(old.dtype) for new, old in zip(new_state, state, strict=True)]
-    edge = _total(chain, sites, structure.edge_factors)
-    node = _total(chain, sites, structure.node_factors)
+    new_state, output, sites = sites_of_step(chain, inputs, state, latent)
+    edge = _total(chain, sites, chain.structure.edge_factors)
+    node = _total(chain, sites, chain.structure.node_factors)
     return Step(edge, node, new_state, output)
+
+
+def sites_of_step(
+    chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, jax.Array]
+) -> tuple[list[jax.Array], Any, Sites]:
+    """The sites of one step, for one particle before and one after.
+
+    The arguments are those of :func:`step`.
+
+    :return: new state, output, sites.
+    """
+    carry, output, sites = _run_step(chain, inputs, state, latent)
+    new_state, _ = _split(chain.structure, carry)
+    return [new.astype(old.dtype) for new, old in zip(new_state, state, strict=True)], output, sites
 
 
 def presence(chain: Chain) -> Presence | None:
@@ -223,17 +245,27 @@ def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax
     :return: an array of shape ``(T + 1, *plates)``, whose first row reads `initial`.
     """
     structure = chain.structure
-
-    def at_scan(index, scan):
-        return (scan.init, outputs, {}) if index == structure.scan_index else None
-
-    sites = run(chain.model, chain.arguments, {**chain.values, **initial}, random.key(0), at_scan)
+    sites = sites_after_scan(chain, initial, outputs)
     total = jnp.zeros([structure.length + 1, *(plate.size for plate in structure.plates)])
     for name in structure.later_factors:
         rows = time_rows(sites[name], structure.length, structure.plates)
         rows = _scaled(chain, name, rows) / structure.scale
         total = total.at[structure.length + 1 - len(rows) :].add(rows)
     return total
+
+
+def sites_after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> Sites:
+    """The sites outside the scan, for the outputs of one particle at each time.
+
+    The arguments are those of :func:`after_scan`.
+
+    :return: sites.
+    """
+
+    def at_scan(index, scan):
+        return (scan.init, outputs, {}) if index == chain.structure.scan_index else None
+
+    return run(chain.model, chain.arguments, {**chain.values, **initial}, random.key(0), at_scan)
 
 
 def global_log_density(chain: Chain) -> jax.Array:

@@ -218,7 +218,7 @@ def _sample(posterior, rng_key, sample_shape):
     structure = posterior.structure
     values = posterior.params | posterior.globals
     chain = read_chain(structure, posterior.model, posterior.arguments, values)
-    native = {n: _untidy(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
+    native = {n: untidy(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
     particles = Particles({n: native[n] for n in structure.initial}, {n: native[n] for n in structure.step})
     _, edges = target(chain, particles)
     mask = posterior.present
@@ -235,9 +235,10 @@ def _sample(posterior, rng_key, sample_shape):
             index = jnp.expand_dims(of_site, k_axis)
             index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
             picked = jnp.take_along_axis(x, index, k_axis).squeeze(k_axis)
-            sites[name] = _untidy(picked, structure.sites[name], structure)
+            sites[name] = untidy(picked, structure.sites[name], structure)
         sites |= _values_of_states(structure, numbers % states) | posterior.globals
-        return sites | _derived(posterior, sites, rng_key)
+        values = posterior.params | sites
+        return sites | derived(structure, posterior.model, posterior.arguments, values, rng_key)
 
     samples = jax.vmap(trajectory)(numbers, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
@@ -257,10 +258,20 @@ def _values_of_states(structure, numbers):
     return values
 
 
-def _derived(posterior, sites, rng_key):
-    """Deterministic sites, and those that nothing else reads, which are drawn from their own laws."""
-    found = run(posterior.model, posterior.arguments, posterior.params | sites, rng_key)
-    free = posterior.structure.free_sites
+def derived(
+    structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], rng_key: jax.Array
+) -> dict[str, jax.Array]:
+    """Deterministic sites, and those that nothing else reads, which are drawn from their own laws.
+
+    :param structure: the structure of the chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters and of all other latent sites.
+    :param rng_key: random key.
+    :return: their values, by name.
+    """
+    found = run(model, arguments, values, rng_key)
+    free = structure.free_sites
     return {name: site["value"] for name, site in found.items() if site["type"] == "deterministic" or name in free}
 
 
@@ -295,8 +306,14 @@ def tidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
     return x.transpose(order).reshape(x.shape[:leading] + tuple(latent.shape[axis] for axis in axes))
 
 
-def _untidy(x, latent, structure):
-    """The shape that the model gives the site."""
+def untidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
+    """Undo :func:`tidy`.
+
+    :param x: an array of shape ``(..., *plates, *event)``.
+    :param latent: a site of the chain.
+    :param structure: the structure of the chain.
+    :return: an array whose trailing axes are those that the model gives the site.
+    """
     axes = _axes(latent, structure)
     leading = x.ndim - len(axes)
     order = [*range(leading), *(leading + int(position) for position in np.argsort(axes))]
