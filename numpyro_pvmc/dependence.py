@@ -1,9 +1,9 @@
 """A function in, which of its outputs read which of its inputs out.
 
-Three questions are asked of a function without looking inside it. `influence` asks whether an output reads an input at
+Four questions are asked of a function without looking inside it. `influence` asks whether an output reads an input at
 all, and needs no numbers: it does if `jax.vmap` over that input maps the output. `couples` asks whether rows of the output
 read other rows of the input, and asks it of directional derivatives. `holds` asks whether the output is the input itself
-wherever it reads it.
+wherever it reads it. `follows_slope` asks whether the output is its value at zero plus its derivative there.
 """
 
 import math
@@ -143,6 +143,44 @@ def holds(function: Callable[..., Any], value: Any, *others: Any, trials: int = 
         first, second = _stand_ins(value, 0, always=True), _stand_ins(value, 1, always=True)
         held = jax.jit(held)
         return all(bool(held(first, second, _stand_ins(others, 2 + trial, always=True))) for trial in range(trials))
+
+
+def follows_slope(function: Callable[..., Any], value: Any, *others: Any, scales: tuple[float, ...] = (1.0, -30.0, 1e3)) -> Any:
+    """Which outputs of `function` are their values at zero plus their derivatives there, at arbitrary points.
+
+    Whether a derivative reads `value` is a question for :func:`influence`, and needs no numbers. But rounding, and what stops
+    gradients, have constant derivatives too: they show here.
+
+    :param function: takes `value` and `others`, returns a pytree of arrays. It closes over nothing traced.
+    :param value: a pytree of arrays, whose numbers do not matter.
+    :param others: further pytrees of arrays.
+    :param scales: how far from zero the points are.
+    :return: a pytree like the output of `function`, of booleans.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from numpyro_pvmc.dependence import follows_slope
+        >>> follows_slope(lambda x: {"line": 2 * x + 1, "steps": jnp.floor(x)}, jnp.ones(3))
+        {'line': True, 'steps': False}
+    """
+
+    def gap(point, others):
+        at = lambda point: function(point, *others)
+        origin, slope = jax.jvp(at, (jax.tree.map(jnp.zeros_like, point),), (point,))
+
+        def departs(there, origin, slope):
+            size = jnp.abs(there) + jnp.abs(origin) + jnp.abs(slope)
+            tolerance = 10 * jnp.sqrt(jnp.finfo(size.dtype).eps) * jnp.max(size, initial=0.0, where=jnp.isfinite(size))
+            return jnp.any(jnp.abs(there - origin - slope) > tolerance)
+
+        return jax.tree.map(departs, at(point), origin, slope)
+
+    with jax.ensure_compile_time_eval():
+        point, others = _stand_ins(value, 0, always=True), _stand_ins(others, 1, always=False)
+        points = jax.tree.map(lambda leaf: jnp.stack([scale * leaf for scale in scales]), point)
+        found = jax.jit(jax.vmap(gap, (0, None)))(points, others)
+        return jax.tree.map(lambda leaf: not np.any(leaf), found)
 
 
 def _stand_ins(tree, seed, *, always):
