@@ -167,3 +167,17 @@ def dense_smoother(model, y):
         (mean + gain @ residual).reshape(N, D),
         np.stack([posterior[t, :, t] for t in range(N)]),
     )
+
+
+def gaussian_integral(log_density, size):
+    """The integral of exp(log_density) over `size` numbers, of which it is a quadratic function: log, mean, covariance."""
+    zero, one = log_density(np.zeros(size)), np.eye(size)
+    ahead = np.array([log_density(e) for e in one])
+    slope = (ahead - np.array([log_density(-e) for e in one])) / 2
+    curvature = np.array([[log_density(a + b) for b in one] for a in one]) - ahead[:, None] - ahead + zero
+    covariance = np.linalg.inv(-curvature)
+    mean = covariance @ slope
+    probe = np.linspace(-2.0, 3.0, size)
+    assert np.isclose(log_density(probe), zero + slope @ probe + probe @ curvature @ probe / 2), "it is not quadratic"
+    _, log_determinant = np.linalg.slogdet(2 * np.pi * covariance)
+    return zero + slope @ mean / 2 + log_determinant / 2, mean, covariance

@@ -1,0 +1,205 @@
+"""A program, parameters and data in; the exact posterior of its chain out."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import random
+
+from numpyro_pvmc.chain import read_chain, read_structure
+from numpyro_pvmc.data import check_data
+from numpyro_pvmc.kalman import Smoothed, smooth, trajectory
+from numpyro_pvmc.linear import by_site, check_linear_gaussian, covariances_by_site, matrices, native
+from numpyro_pvmc.posterior import deterministic
+from numpyro_pvmc.program import Arguments, is_traced
+from numpyro_pvmc.structure import Structure
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        "log_normalizer",
+        "means",
+        "covariances",
+        "filtering_means",
+        "filtering_covariances",
+        "backward",
+        "globals",
+        "present",
+        "arguments",
+        "params",
+    ),
+    meta_fields=("kind", "structure", "model"),
+)
+@dataclasses.dataclass(frozen=True)
+class ExactPosterior:
+    """The exact posterior of a chain given its data, parameters and global sites.
+
+    T is the number of steps of the scan; `plates` are those around the chain, and nothing else is a batch axis. Sites before
+    the scan, such as ``x_0``, have no T axis. D counts the elements of a site.
+
+    :param log_normalizer: log evidence of each series, shape ``(*plates)``, given `globals`.
+    :param means: ``{site: (T, *plates, *event)}``. Where a series is padded, they are held.
+    :param covariances: ``{site: (T, *plates, D, D)}``.
+    :param filtering_means: the same given the data up to each time only.
+    :param filtering_covariances: the same given the data up to each time only.
+    :param backward: the law of the state at each time given that after it, from which :meth:`sample` draws.
+    :param globals: the values of the global sites, by name.
+    :param present: ``(T, *plates)``, false where a series is padded; ``None`` if none is.
+    :param kind: what the chain is, ``"linear-Gaussian"``.
+
+    It is a pytree, and may be returned from `jax.jit`.
+    """
+
+    log_normalizer: jax.Array
+    means: dict[str, jax.Array]
+    covariances: dict[str, jax.Array]
+    filtering_means: dict[str, jax.Array]
+    filtering_covariances: dict[str, jax.Array]
+    backward: Any = dataclasses.field(repr=False)
+    globals: dict[str, jax.Array]
+    present: jax.Array | None
+    arguments: Arguments = dataclasses.field(repr=False)
+    params: dict[str, Any] = dataclasses.field(repr=False)
+    kind: str
+    structure: Structure = dataclasses.field(repr=False)
+    model: Callable = dataclasses.field(repr=False)
+
+    def mean(self) -> dict[str, jax.Array]:
+        """Posterior means.
+
+        :return: ``{site: (T, *plates, *event)}``.
+        """
+        return self.means
+
+    def variance(self) -> dict[str, jax.Array]:
+        """Posterior variances.
+
+        :return: ``{site: (T, *plates, *event)}``.
+        """
+        return _variances(self.means, self.covariances)
+
+    def filtering_mean(self) -> dict[str, jax.Array]:
+        """Means given the data up to each time.
+
+        :return: ``{site: (T, *plates, *event)}``.
+        """
+        return self.filtering_means
+
+    def filtering_variance(self) -> dict[str, jax.Array]:
+        """Variances given the data up to each time.
+
+        :return: ``{site: (T, *plates, *event)}``.
+        """
+        return _variances(self.filtering_means, self.filtering_covariances)
+
+    def sample(self, rng_key: jax.Array, sample_shape: tuple[int, ...] = ()) -> dict[str, jax.Array]:
+        """Draw joint trajectories, backwards in time.
+
+        :param rng_key: random key.
+        :param sample_shape: how many to draw.
+        :return: ``{site: (*sample_shape, T, ...)}`` in the shapes that the model gives its sites, with the global sites and
+            the deterministic sites of the model; what :class:`numpyro.infer.Predictive` takes.
+        """
+        return _sample(self, rng_key, tuple(sample_shape))
+
+
+def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwargs: Any) -> ExactPosterior:
+    """The evidence and the smoothed posterior of a linear-Gaussian chain, by the Kalman filter of `cuthbert`.
+
+    Evidence and moments are exact to rounding, and differentiable with respect to `params` and the data.
+
+    :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
+    :param params: values of its parameters, and of its global sites if it has some; others may be among them.
+    :param args: arguments of the model.
+    :param kwargs: keyword arguments of the model.
+    :return: the posterior.
+    :raises ValueError: naming a site by which the chain is not linear-Gaussian, or a global site without a value; if the
+        program has no chain that can be read, or its data contain NaN.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.contrib.control_flow import scan
+        >>> from numpyro_pvmc.exact import exact_posterior
+        >>> def model(y):
+        ...     scale = numpyro.param("scale", 1.0)
+        ...     def step(x_prev, y_t):
+        ...         x = numpyro.sample("x", dist.Normal(x_prev, scale))
+        ...         numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+        ...         return x, None
+        ...     scan(step, 0.0, y)
+        >>> posterior = exact_posterior(model, {"scale": 1.0}, jnp.array([1.0, 2.0]))
+        >>> [round(float(x), 4) for x in posterior.mean()["x"]]
+        [0.8, 1.4]
+    """
+    arguments = Arguments(args, kwargs)
+    structure = read_structure(model, arguments, params)
+    if unknown := [name for name in structure.global_sites if name not in params]:
+        raise ValueError(
+            f"The model has the global sites {unknown}, and the posterior of its chain is exact given their values only. Give "
+            "these in `params`, or with `numpyro.handlers.condition`; or use `PVMC.posterior`."
+        )
+    check_linear_gaussian(structure, model, arguments, params)
+    traced = is_traced((arguments, params))
+    if not traced:
+        check_data(structure, model, arguments, params)
+    posterior, partly = _condition(structure, model, arguments, params)
+    for name, is_partly_masked in partly.items():
+        if not traced and is_partly_masked:
+            raise ValueError(
+                f"Latent site '{name}' is masked while other elements of the same point of its series are not: an element "
+                "without a law has no posterior. Put all latent sites of the step under one mask, which leaves out whole steps."
+            )
+    return posterior
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _condition(structure, model, arguments, params):
+    """The posterior, and which latent sites are masked in part."""
+    chain = read_chain(structure, model, arguments, params)
+    rows, present, partly = matrices(chain)
+    smooth_all = smooth
+    for _ in structure.plates:
+        smooth_all = jax.vmap(smooth_all, in_axes=1, out_axes=Smoothed(0, 1, 1, 1))
+    log_normalizer, filtered, smoothed, backward = smooth_all(rows)
+
+    posterior = ExactPosterior(
+        log_normalizer=log_normalizer,
+        means=by_site(smoothed.mean, structure),
+        covariances=covariances_by_site(smoothed.root @ smoothed.root.mT, structure),
+        filtering_means=by_site(filtered.mean, structure),
+        filtering_covariances=covariances_by_site(filtered.root @ filtered.root.mT, structure),
+        backward=backward,
+        globals={name: params[name] for name in structure.global_sites},
+        present=present,
+        arguments=arguments,
+        params=params,
+        kind="linear-Gaussian",
+        structure=structure,
+        model=model,
+    )
+    return posterior, partly
+
+
+def _variances(means, covariances):
+    return {n: jnp.diagonal(x, axis1=-2, axis2=-1).reshape(means[n].shape) for n, x in covariances.items()}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _sample(posterior, rng_key, sample_shape):
+    offset, _, _ = posterior.backward
+    noise = random.normal(rng_key, (math.prod(sample_shape), *offset.shape), offset.dtype)
+
+    def draw(noise):
+        sites = native(trajectory(posterior.backward, noise), posterior.structure) | posterior.globals
+        return sites | deterministic(posterior.model, posterior.arguments, posterior.params | sites)
+
+    samples = jax.vmap(draw)(noise)
+    return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
