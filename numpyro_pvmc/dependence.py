@@ -178,9 +178,13 @@ def follows_slope(function: Callable[..., Any], value: Any, *others: Any, scales
 
     with jax.ensure_compile_time_eval():
         point, others = _stand_ins(value, 0, always=True), _stand_ins(others, 1, always=False)
-        points = jax.tree.map(lambda leaf: jnp.stack([scale * leaf for scale in scales]), point)
-        found = jax.jit(jax.vmap(gap, (0, None)))(points, others)
-        return jax.tree.map(lambda leaf: not np.any(leaf), found)
+        points = jax.tree.map(lambda leaf: np.multiply.outer(np.asarray(scales, leaf.dtype), leaf), point)
+    # Read out here: in there every constant of the function would be computed at once, compiled by itself.
+    leaves, treedef = jax.tree.flatten((points, others))
+    gaps = lambda leaves: jax.vmap(gap, (0, None))(*jax.tree.unflatten(treedef, leaves))
+    compiled = jax.jit(gaps).lower(leaves).compile()
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(lambda leaf: not np.any(leaf), compiled(leaves))
 
 
 def _stand_ins(tree, seed, *, always):

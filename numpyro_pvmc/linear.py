@@ -63,7 +63,7 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
         laws = linearise(read_chain(structure, model, arguments, values), parts["states"])
         return {name: law._asdict() for name, law in laws.items()}
 
-    states = jnp.zeros(_shape(structure))
+    states = np.zeros(_shape(structure), jnp.result_type(float))
     reads = influence(slopes, {"states": states})["states"]
     follows = follows_slope(means, states, arguments, values)
     for name, read in reads.items():
