@@ -9,13 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import random
+from numpyro.handlers import condition
 
 from numpyro_pvmc.chain import read_chain, read_structure
 from numpyro_pvmc.data import check_data
 from numpyro_pvmc.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.linear import by_site, check_linear_gaussian, covariances_by_site, matrices, native
-from numpyro_pvmc.posterior import deterministic
+from numpyro_pvmc.posterior import SmoothedPosterior, derived, smoothed_posterior
+from numpyro_pvmc.potentials import propose
 from numpyro_pvmc.program import Arguments, is_traced
+from numpyro_pvmc.smoothing import marginals
 from numpyro_pvmc.structure import Structure
 
 
@@ -108,18 +111,21 @@ class ExactPosterior:
         return _sample(self, rng_key, tuple(sample_shape))
 
 
-def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwargs: Any) -> ExactPosterior:
-    """The evidence and the smoothed posterior of a linear-Gaussian chain, by the Kalman filter of `cuthbert`.
+def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwargs: Any) -> ExactPosterior | SmoothedPosterior:
+    """The evidence and the smoothed posterior of a chain that has them in closed form.
 
-    Evidence and moments are exact to rounding, and differentiable with respect to `params` and the data.
+    Of a linear-Gaussian chain, by the Kalman filter of `cuthbert`; of one with discrete states only, each with finitely many
+    values, by the forward-backward algorithm. Which it is, is read off the program. Both are exact to rounding, and
+    differentiable with respect to `params` and the data.
 
     :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
     :param params: values of its parameters, and of its global sites if it has some; others may be among them.
     :param args: arguments of the model.
     :param kwargs: keyword arguments of the model.
-    :return: the posterior.
-    :raises ValueError: naming a site by which the chain is not linear-Gaussian, or a global site without a value; if the
-        program has no chain that can be read, or its data contain NaN.
+    :return: the posterior of a linear-Gaussian chain as :class:`ExactPosterior`; that of a finite one as
+        :class:`numpyro_pvmc.SmoothedPosterior`, without particles: its `log_normalizer` and `state_probabilities` are exact.
+    :raises ValueError: naming a site by which the chain is neither, or a global site without a value; if the program has no
+        chain that can be read, or its data contain NaN.
 
     **Example**
 
@@ -146,10 +152,14 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
             f"The model has the global sites {unknown}, and the posterior of its chain is exact given their values only. Give "
             "these in `params`, or with `numpyro.handlers.condition`; or use `PVMC.posterior`."
         )
-    check_linear_gaussian(structure, model, arguments, params)
+    finite = structure.summing(structure.finite)
+    if finite.sites:
+        check_linear_gaussian(structure, model, arguments, params)
     traced = is_traced((arguments, params))
     if not traced:
         check_data(structure, model, arguments, params)
+    if not finite.sites:
+        return _sum(finite, model, arguments, params)
     posterior, partly = _condition(structure, model, arguments, params)
     for name, is_partly_masked in partly.items():
         if not traced and is_partly_masked:
@@ -188,18 +198,29 @@ def _condition(structure, model, arguments, params):
     return posterior, partly
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sum(structure, model, arguments, params):
+    """The posterior of a chain with discrete states only."""
+    model = condition(model, {name: params[name] for name in structure.global_sites})
+    structure = structure._replace(global_sites=(), global_factors=(*structure.global_factors, *structure.global_sites))
+    lattice = propose(random.key(0), structure, model, lambda *args, **kwargs: None, arguments, params, 1)
+    return smoothed_posterior(lattice, marginals(lattice.node, lattice.edges, lattice.mask))
+
+
 def _variances(means, covariances):
     return {n: jnp.diagonal(x, axis1=-2, axis2=-1).reshape(means[n].shape) for n, x in covariances.items()}
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _sample(posterior, rng_key, sample_shape):
-    offset, _, _ = posterior.backward
-    noise = random.normal(rng_key, (math.prod(sample_shape), *offset.shape), offset.dtype)
+    (offset, _, _), structure = posterior.backward, posterior.structure
+    key_noise, key_free = random.split(rng_key)
 
-    def draw(noise):
-        sites = native(trajectory(posterior.backward, noise), posterior.structure) | posterior.globals
-        return sites | deterministic(posterior.model, posterior.arguments, posterior.params | sites)
+    def draw(noise, rng_key):
+        sites = native(trajectory(posterior.backward, noise), structure) | posterior.globals
+        return sites | derived(structure, posterior.model, posterior.arguments, posterior.params | sites, rng_key)
 
-    samples = jax.vmap(draw)(noise)
+    number = math.prod(sample_shape)
+    noise = random.normal(key_noise, (number, *offset.shape), offset.dtype)
+    samples = jax.vmap(draw)(noise, random.split(key_free, number))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}

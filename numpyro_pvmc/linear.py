@@ -5,7 +5,6 @@ read no state, and are then the matrices; their covariances must not read the st
 series: the latent sites of a step one after the other; before the first step, those of the beginning.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import lax
 
-from numpyro_pvmc.chain import Chain, read_chain, sites_after_scan, sites_at_start, sites_of_step
+from numpyro_pvmc.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step
 from numpyro_pvmc.dependence import follows_slope, influence
 from numpyro_pvmc.kalman import Matrices, block_diagonal
 from numpyro_pvmc.posterior import tidy, untidy
@@ -120,8 +119,8 @@ def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Ar
     """
     structure, shape = chain.structure, _shape(chain.structure)
     linear = linearise(chain, jnp.zeros(shape))
-    masks = [linear[name].mask.any(-1) for name in structure.step]
-    present = jnp.concatenate([jnp.ones((1, *shape[1:-1]), bool), functools.reduce(jnp.logical_or, masks)])
+    there = presence(chain)
+    present = jnp.ones(shape[:-1], bool) if there is None else jnp.ones(shape[:-1], bool).at[1:].set(there.steps)
     partly = {name: present[1:, ..., None] & ~linear[name].mask for name in structure.step}
     partly |= {name: ~linear[name].mask for name in structure.initial}
     linear |= {n: linear[n]._replace(mean=jnp.where(where, jnp.nan, linear[n].mean)) for n, where in partly.items()}

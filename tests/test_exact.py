@@ -420,11 +420,12 @@ def test_without_observations_it_is_the_forecast(x64):
         scan(step, numpyro.sample("x_0", dist.Normal(0.3, 1.0)), y, length=length)
 
     posterior = exact_posterior(model, {}, 5)
-    x_mean, x_covariance, y_mean, y_covariance = forecast(scalar_law(m_0=0.3), np.full((1, 1), np.nan), 5)
+    x_mean, x_covariance, _, y_covariance = forecast(scalar_law(m_0=0.3), np.full((1, 1), np.nan), 5)
     assert_allclose(posterior.log_normalizer, 0.0, atol=1e-12)
-    assert_allclose(posterior.mean()["y"], y_mean[:, 0])
-    assert_allclose(posterior.variance()["y"], y_covariance[:, 0, 0])
+    assert_allclose(posterior.mean()["x"], x_mean[:, 0])
     assert_allclose(posterior.variance()["x"], x_covariance[:, 0, 0])
+    draws = posterior.sample(jax.random.key(0), (20_000,))["y"]
+    assert_allclose(draws.var(0), y_covariance[:, 0, 0], rtol=0.06)  # six standard errors
 
 
 # --- what can be done with it
@@ -540,10 +541,11 @@ NOW = "Site 'y' has a Normal law whose mean is not affine in the chain's latent 
         (chain(emission=lambda x: dist.Normal(x, 1.0).mask(x > 0)), "Site 'y' has a mask that reads"),
         (chain(body=lambda x: numpyro.sample("r", dist.Normal(0.0, 1.0), obs=1 - x)), "Site 'r' is observed at a value"),
         (chain(body=lambda x: numpyro.factor("f", -(x**2))), "Site 'f' has a Unit law"),
-        (chain(body=lambda x: numpyro.sample("z", dist.Bernoulli(0.5))), "Site 'z' has a BernoulliProbs law"),
+        (chain(body=lambda x: numpyro.sample("r", dist.Normal(numpyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=0.3)),
+         "Site 'z' has a BernoulliProbs law"),
         (chain(emission=lambda x: dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(x * jnp.ones(2), 1.0))),
          "Site 'y' has a MixtureSameFamily law"),
-        (handlers.scale(chain(), scale=2.0), "handler around the chain's `scan`"),
+        (handlers.scale(chain(), scale=2.0), "Site 'x' is scaled"),
     ],
 )  # fmt: skip
 def test_what_is_not_linear_gaussian_is_refused_by_name(model, message, traced, x64):
