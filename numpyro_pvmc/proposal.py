@@ -23,6 +23,7 @@ from numpyro_pvmc.chain import Chain, Presence, read_chain, read_structure
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.program import Arguments, Scan, is_latent, log_densities, log_prob, run, run_body
 from numpyro_pvmc.semiring import logsumexp
+from numpyro_pvmc.states import number_of_states
 from numpyro_pvmc.structure import Latent, Structure, per_series
 from numpyro_pvmc.survey import first, length_of
 
@@ -131,6 +132,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     (sites,) = found
     summed = tuple(name for name in structure.finite if name not in sites)
     structure = structure.summing(summed)
+    number_of_states(structure)  # or there are too many
     expected = (*structure.sites, *structure.global_sites)
     missing = [name for name in expected if name not in sites]
     others = {name: site for name, site in sites.items() if name not in (*expected, *structure.free_sites)}

@@ -162,7 +162,8 @@ def _check_observation(site: Site) -> None:
         return
     value_shape, law_shape = jnp.shape(site["value"]), tuple(site["fn"].shape())
     try:
-        fits = jnp.broadcast_shapes(value_shape, law_shape) == value_shape
+        # NumPyro broadcasts what is short of axes, but stacked over time more axes than the law's would be other axes.
+        fits = jnp.broadcast_shapes(value_shape, law_shape) == value_shape and len(value_shape) == len(law_shape)
     except ValueError:
         fits = False
     if not fits:
