@@ -24,12 +24,12 @@ def poisson(y=None, T=None):
         numpyro.sample("y", dist.Poisson(jnp.exp(x)), obs=y_t)
         return x, x
 
-    x_0 = numpyro.sample("x_0", dist.Normal(1.0, 1.0))
+    x_0 = numpyro.sample("x_0", dist.Normal(2.0, 0.5))
     scan(step, x_0, y, length=T)
 
 
 def guide_of_the_start_alone(y):
-    numpyro.sample("x_0", dist.Normal(1.0, 1.0))
+    numpyro.sample("x_0", dist.Normal(2.0, 0.5))
 
 
 # --- counts with more zeros than a Poisson law has

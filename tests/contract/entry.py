@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import Predictive
 
@@ -75,5 +76,5 @@ def observations(entry):
 
 
 def _simulate(entry):
-    predict = Predictive(entry.model, num_samples=1, params=dict(entry.truth))
+    predict = Predictive(entry.model, num_samples=1, params=jax.tree.map(jnp.asarray, dict(entry.truth)))
     return predict(jax.random.key(0), None, *entry.inputs(entry.length), T=entry.length)[entry.observed][0]
