@@ -77,8 +77,8 @@ def coordinates_of_model(chain: Chain) -> Coordinates:
     for name, support in constraints.items():
         if support.is_discrete:
             raise ValueError(
-                f"Latent site '{name}' is discrete, and no Gaussian proposes its values. Sample it in a guide of your own, or "
-                "sum it out of the model, as with `dist.MixtureSameFamily`."
+                f"Latent site '{name}' is discrete, and no Gaussian proposes its values; they are not finitely many, or not "
+                "known beforehand, so they cannot be summed either. Sample the site in a guide of your own."
             )
     of_sites = {name: dist.biject_to(support) for name, support in constraints.items()}
     return _coordinates(chain.structure, of_sites)

@@ -78,6 +78,7 @@ def enumerate_posterior(
     present: np.ndarray | None = None,
     states: Mapping[str, np.ndarray] = MappingProxyType({}),
     ignore: tuple[str, ...] = (),
+    scale: float = 1.0,
     at_most: int = 5000,
 ) -> Enumeration:
     """Visit every trajectory through the particles of a posterior.
@@ -87,7 +88,8 @@ def enumerate_posterior(
     posterior: has `particles`, {site: (T, K, *plates, *event)} and without T for initial sites, `globals`, and
     `log_normalizer`, of shape (*plates). present: (T, *plates), false at padded steps, where the guide's density does not
     count (the model must mask its own). states: {site: (S, *event)}, the support of each latent site that the guide does not
-    sample. ignore: sites whose density does not count, such as observed ones that read nothing of the chain.
+    sample. ignore: sites whose density does not count, such as observed ones that read nothing of the chain. scale: how many
+    series NumPyro lets each one of a minibatch stand for, which is not to be counted.
     """
     fixed = {**params, **posterior.globals}
     sites = _sites(model, args, kwargs, fixed)
@@ -120,7 +122,7 @@ def enumerate_posterior(
     values = {name: np.stack(v, 1) if name in steps else v[0] for name, v in values.items()}
 
     present = np.ones((length, *sizes), bool) if present is None else np.broadcast_to(present, (length, *sizes))
-    log_p_and_q = _scorer(model, guide, args, kwargs, fixed, plates, present, steps, (*posterior.globals, *ignore))
+    log_p_and_q = _scorer(model, guide, args, kwargs, fixed, plates, present, steps, (*posterior.globals, *ignore), scale)
     log_p, log_q = (np.asarray(x).reshape(number, *sizes) for x in log_p_and_q(values))
     log_sizes = np.zeros(sizes)  # of what a trajectory is one of equals: K draws, or the states of an absent step
     for choice in choices:
@@ -199,7 +201,7 @@ class _Mask(Messenger):
             msg["fn"] = msg["fn"].mask(self.mask_of(msg))
 
 
-def _scorer(model, guide, args, kwargs, fixed, plates, present, steps, ignore):
+def _scorer(model, guide, args, kwargs, fixed, plates, present, steps, ignore, scale):
     """All trajectories in, the log densities (N, series) of each series of each under the model and the guide out."""
     sizes = tuple(frame.size for frame in plates)
     aligned = [1] * max([-frame.dim for frame in plates], default=0)
@@ -223,7 +225,7 @@ def _scorer(model, guide, args, kwargs, fixed, plates, present, steps, ignore):
 
         given = {**fixed, **values}
         programs = (_Mask(seed(model, random.key(0)), mask_in_model), _Mask(seed(guide, random.key(0)), mask_in_guide))
-        return tuple(log_density(program, args, dict(kwargs), given)[0] for program in programs)
+        return tuple(log_density(program, args, dict(kwargs), given)[0] / scale for program in programs)
 
     by_series = jax.vmap(score, (0, None))
     return lambda values: jax.jit(jax.vmap(by_series, (None, 0)))(jnp.asarray(series), values)

@@ -366,9 +366,9 @@ ENTRIES = (
         name="missing_by_obs_mask",
         about="missing observations by `obs_mask=`",
         model=missing_by_obs_mask,
+        data_site="y_observed",
         spoil=with_holes,
         truth={"scale": 0.3},
-        wrong=Wrong(r"'x' has shape \(25,\).*leading time axis of 24", guide=lambda model: one_step_too_long),
-        needs="obs_mask= on emissions",
+        wrong=Wrong(r"site 'x' with shape \(25,\).*leading time axis of 24", guide=lambda model: one_step_too_long),
     ),
 )

@@ -165,7 +165,6 @@ ENTRIES = (
         model=ordinal,
         truth={"first_cut": -2.0, "gaps": np.array([0.7, 1.5, 2.0])},
         wrong=Wrong("'y' is observed with a value of shape", args=lambda y: (np.stack([y, y], -1),)),
-        defects={"errors": "two numbers a step for a scalar site are summed; NumPyro cannot score them"},
     ),
     Entry(
         name="seasonal_epidemic",

@@ -22,12 +22,12 @@ class Wrong(NamedTuple):
 class Entry(NamedTuple):
     """A program `model(y=None, *inputs, T=None)`, and what it takes to ask things of it.
 
-    `guide` makes a guide of the model; None: the default one. `inputs(T)` are the known inputs of T steps, which `model`
-    takes after the data. Data are drawn from the program at the parameters `truth` and passed through `spoil`, or are
-    real, `data()`; they have `rows` rows before that of the first step. `plates` are those around the chain, with their
-    sizes; `states` are the discrete sites that the guide leaves out, with their numbers of states. `exact(y, *inputs)` is the
-    log evidence at the program's initial parameters, where there is an exact one. `needs` names what the library has to learn
-    before it can take the program; `defects` are questions, by name, that it answers wrongly, and how.
+    `observed` is what forecasts are of; the data are at `data_site`. `guide` makes a guide of the model; None: the default one.
+    `inputs(T)` are the known inputs of T steps, which `model` takes after the data. Data are drawn from the program at the
+    parameters `truth` and passed through `spoil`, or are real, `data()`; they have `rows` rows before that of the first step.
+    `plates` are those around the chain, with their sizes; `states` are the discrete sites that the guide leaves out, with their
+    numbers of states. `exact(y, *inputs)` is the log evidence at the program's initial parameters, where there is an exact one.
+    `defects` are questions, by name, that the library answers wrongly, and how.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Entry(NamedTuple):
     model: Callable
     wrong: Wrong
     observed: str = "y"
+    data_site: str = "y"
     guide: Callable | None = None
     inputs: Callable[[int], tuple] = lambda T: ()
     truth: Mapping[str, Any] = MappingProxyType({})
@@ -47,7 +48,6 @@ class Entry(NamedTuple):
     exact: Callable[..., float] | None = None
     num_particles: int = 16
     num_steps: int = 30
-    needs: str = ""
     defects: Mapping[str, str] = MappingProxyType({})
 
     def __repr__(self):

@@ -11,9 +11,8 @@ Each of these {number} programs is an ordinary NumPyro program, in ``tests/contr
 
 {questions}
 
-A dash in the column *evidence* says that there is no exact answer to compare with; a row of dashes, that the library does
-not take the program yet; any other dash is a known defect. Where discrete states are summed exactly, *vanilla* is the
-density alone, since NumPyro's ``Trace_ELBO`` needs draws with a gradient.
+A dash in the column *evidence* says that there is no exact answer to compare with; any other dash is a known defect. Where
+discrete states are summed exactly, *vanilla* is the density alone, since NumPyro's ``Trace_ELBO`` needs draws with a gradient.
 """
 
 
@@ -26,8 +25,7 @@ def page(fields, questions, asked):
         rows = [("Program", *questions)]
         for entry in entries:
             of_entry = asked(entry)
-            about = entry.about if of_entry else f"{entry.about} (needs {entry.needs})"
-            rows.append((about, *("✓" if name in of_entry else "-" for name in questions)))
+            rows.append((entry.about, *("✓" if name in of_entry else "-" for name in questions)))
         widths = " ".join(["37", *["7"] * len(questions)])
         table = [f".. list-table:: {title}", "   :header-rows: 1", f"   :widths: {widths}", ""]
         for first, *others in rows:
