@@ -96,8 +96,8 @@ def couples(function: Callable[..., Any], rows: Any, *others: Any) -> Any:
 
         value, change = jax.jvp(lambda smooth: moved(smooth, False), (smooth,), (directions,))
         if len(smooth) < len(jax.tree.leaves(rows)):
-            # What is not a number on both sides is no evidence either.
-            difference = jax.tree.map(lambda a, b: jnp.where(a == b, 0.0, b - a), value, moved(smooth, True))
+            # What is not a number on both sides is no evidence either, nor is rounding: the two are compiled apart.
+            difference = jax.tree.map(_difference, value, moved(smooth, True))
             change = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b), a, jnp.abs(a) + jnp.abs(b)), change, difference)
         # An undefined derivative (nan) is no evidence of a coupling.
         seen = lambda leaf: jnp.any(jnp.where(of_rows(leaf), False, (leaf != 0) & ~jnp.isnan(leaf)))
@@ -109,6 +109,11 @@ def couples(function: Callable[..., Any], rows: Any, *others: Any) -> Any:
             return jax.tree.map(lambda _: False, jax.eval_shape(function, rows, *others))
         found = jax.jit(jax.vmap(leak, (None, None, 0)))(rows, others, chosen)
         return jax.tree.map(lambda leaf: bool(np.any(leaf)), found)
+
+
+def _difference(a, b):
+    rounding = 64 * jnp.finfo(a.dtype).eps * (1 + jnp.abs(a))
+    return jnp.where((a == b) | (jnp.abs(b - a) <= rounding), 0.0, b - a)
 
 
 def holds(function: Callable[..., Any], value: Any, *others: Any, trials: int = 8) -> bool:

@@ -1,0 +1,46 @@
+"""What depends on what, asked of functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_pvmc.dependence import couples
+
+
+@jax.custom_jvp
+def rounded(x):
+    """x; beside its derivative another number in the last bits, as compiled code may round by what it is compiled with."""
+    return x
+
+
+@rounded.defjvp
+def _(primals, tangents):
+    (x,), (slope,) = primals, tangents
+    return x * (1 + 4 * jnp.finfo(x.dtype).eps), slope
+
+
+ROWS = {"switch": np.array([0, 1, 0]), "x": np.array([0.3, 0.5, 0.4])}
+
+
+def test_rounding_is_no_coupling(tolerance):
+    def own(rows):
+        return jnp.sin(rows["x"]) + rounded(rows["x"] + rows["switch"])
+
+    assert couples(own, ROWS) is False
+
+
+def test_an_integer_couples(tolerance):
+    assert couples(lambda rows: rows["x"] + 1e-3 * rows["switch"].sum(), ROWS) is True
+    assert couples(lambda rows: rows["x"] + 1e3 * rows["switch"], ROWS) is False
+
+
+def test_inside_jit(x64):
+    found = []
+
+    @jax.jit
+    def traced(rows):
+        found.append(couples(lambda rows: rows["x"] + rows["switch"][::-1], rows))
+        return rows
+
+    traced(ROWS)
+    assert found == [True]
