@@ -43,14 +43,20 @@ normal, normals = scalar(dist.Normal), vector(lambda m, s: dist.Normal(m, s).to_
 exponential, onto_unit = transforms.ExpTransform(), transforms.SigmoidTransform()
 
 
+def bounds(m):
+    """NumPyro's scan stacks the numbers of a law over time, and does not align those of its support, or of a transform, with a
+    plate: they need its shape."""
+    return jnp.full(m.shape[:-1], LOW), jnp.full(m.shape[:-1], HIGH)
+
+
 def truncated(m, s):
-    return dist.TruncatedNormal(m, s, low=LOW, high=HIGH)
+    low, high = bounds(m)
+    return dist.TruncatedNormal(m[..., 0], s, low=low, high=high)
 
 
 def squashed(m, s):
-    # NumPyro's scan stacks the numbers of a transform over time, and does not align them with a plate: they need its shape.
-    low, width = jnp.full(m.shape[:-1], LOW), jnp.full(m.shape[:-1], HIGH - LOW)
-    return dist.TransformedDistribution(normal(m, s), [onto_unit, transforms.AffineTransform(low, width)])
+    low, high = bounds(m)
+    return dist.TransformedDistribution(normal(m, s), [onto_unit, transforms.AffineTransform(low, high - low)])
 
 
 def covariance(m, s):
@@ -76,7 +82,9 @@ DOMAINS = {
             "Logistic": scalar(dist.Logistic),
             "Gumbel": scalar(dist.Gumbel),
             "affine Normal": scalar(
-                lambda m, s: dist.TransformedDistribution(dist.Normal(0.0, 1.0), transforms.AffineTransform(m, s))
+                lambda m, s: dist.TransformedDistribution(
+                    dist.Normal(jnp.zeros_like(m), jnp.ones_like(m)), transforms.AffineTransform(m, s)
+                )
             ),
             "mixture": scalar(
                 lambda m, s: dist.MixtureSameFamily(
@@ -88,9 +96,9 @@ DOMAINS = {
     ),
     "interval": Domain(
         {
-            "TruncatedNormal": scalar(truncated),
+            "TruncatedNormal": truncated,
             "squashed Normal": squashed,
-            "Uniform": scalar(lambda m, s: dist.Uniform(LOW, HIGH).expand(m.shape)),
+            "Uniform": lambda m, s: dist.Uniform(*bounds(m)),
         },
         feature=lambda x: from_interval(x)[..., None],
         value=lambda f: LOW + (HIGH - LOW) * expit(f[..., 0]),

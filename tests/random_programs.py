@@ -51,6 +51,10 @@ class RandomProgram(NamedTuple):
     scored: Callable
     validated: bool
 
+    @property
+    def is_masked(self):
+        return any("is masked: NaN" in choice for choice in self.choices) or self.present is not None
+
     def __str__(self):
         return f"random_program({self.seed}): " + "; ".join(self.choices)
 
@@ -668,7 +672,7 @@ class _Writer:
         law = EMISSIONS[emission["law"]].law(emission["mean"](features, (rows, *self.batch)))
         masks = [emission["seen"]] if emission["seen"] is not None else []
         if "present" in data:
-            present = jnp.asarray(data["present"])
+            present = jnp.asarray(data["present"]).reshape(self.T, *(1,) * (len(self.batch) - len(self.aligned)), *self.aligned)
             masks.append(jnp.concatenate([jnp.ones_like(present[:1]), present]) if emission["first"] else present)
         with within(plates), contextlib.ExitStack() as stack:
             if emission["how"] == "plate":

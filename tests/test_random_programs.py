@@ -117,7 +117,8 @@ def check_posterior(program, posterior, params):
     )
     check_weights(program, posterior, exact)
     check_draws(program, posterior, exact, params)
-    check_gradient(program, posterior, params)
+    if program.is_masked or program.seed % 3 == 0:
+        check_gradient(program, posterior, params)
 
 
 @pytest.mark.parametrize("number", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in range(PROGRAMS)])
@@ -129,5 +130,5 @@ def test_random_program(x64, number):
         error.add_note(f"{program}\nAlone: pytest 'tests/test_random_programs.py::test_random_program[{number}]' -m ''")
         raise
     finally:
-        if number % 10 == 9:
+        if number % 5 == 4:
             jax.clear_caches()
