@@ -21,10 +21,10 @@ from numpyro_pvmc import markov
 from random_laws import DOMAINS, EMISSIONS
 
 # Choices that the library does not have yet.
-SUMMED_STATES = False  # discrete latents that the guide leaves out
-HANDLERS_AROUND_THE_SCAN = False  # `mask` and `scale`
-OBS_MASK = False
-SUBSAMPLED_PLATES = False
+SUMMED_STATES = True  # discrete latents that the guide leaves out
+HANDLERS_AROUND_THE_SCAN = True  # `mask` and `scale`
+OBS_MASK = True
+SUBSAMPLED_PLATES = True
 
 POSITIVE = dist.constraints.positive
 NONLINEAR = {"linear": lambda x: x, "tanh": jnp.tanh, "sin": jnp.sin, "square": lambda x: jnp.clip(0.3 * x**2, -2, 2)}

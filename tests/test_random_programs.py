@@ -73,7 +73,7 @@ def check_draws(program, posterior, exact, params):
         sites = trace(seed(substitute(program.model, data={**params, **sample}), 0)).get_trace(*program.args, **program.kwargs)
         return {name: site["value"] for name, site in sites.items() if site["type"] == "deterministic"}
 
-    latent = {name: samples[name] for name in (*exact.values, *posterior.globals)}
+    latent = {name: samples[name] for name in (*exact.values, *posterior.globals, *posterior.structure.free_sites)}
     expected = jax.jit(jax.vmap(deterministic))(latent)
     assert set(samples) == {*latent, *expected}
     for name, value in expected.items():
@@ -91,7 +91,7 @@ def check_gradient(program, posterior, params):
 
     value, gradient = value_and_grad(params)
     if not posterior.globals and not program.ignore:
-        assert_allclose(-value, np.sum(posterior.log_normalizer), **NEAR)
+        assert_allclose(-value, posterior.structure.scale * np.sum(posterior.log_normalizer), **NEAR)
     for name, slope in gradient.items():
         assert np.isfinite(slope).all(), f"the gradient for {name} is not finite"
 
@@ -113,7 +113,8 @@ def check_posterior(program, posterior, params):
         params,
         present=program.present,
         states=program.states,
-        ignore=program.ignore,
+        ignore=(*program.ignore, *posterior.structure.free_sites),
+        scale=posterior.structure.scale,
     )
     check_weights(program, posterior, exact)
     check_draws(program, posterior, exact, params)
