@@ -21,10 +21,6 @@ from numpyro_pvmc import markov
 from random_laws import DOMAINS, EMISSIONS
 
 # Choices that the library does not have yet.
-SUMMED_STATES = True  # discrete latents that the guide leaves out
-HANDLERS_AROUND_THE_SCAN = True  # `mask` and `scale`
-OBS_MASK = True
-SUBSAMPLED_PLATES = True
 
 POSITIVE = dist.constraints.positive
 NONLINEAR = {"linear": lambda x: x, "tanh": jnp.tanh, "sin": jnp.sin, "square": lambda x: jnp.clip(0.3 * x**2, -2, 2)}
@@ -208,7 +204,7 @@ class _Writer:
         for _, size, dim in self.plate_dims:
             aligned[dim] = size
         self.aligned = tuple(aligned)  # the shape of one number for each series
-        self.subsampled = SUBSAMPLED_PLATES and len(self.plate_dims) == 1 and c.chance("subsampled", 0.2)
+        self.subsampled = len(self.plate_dims) == 1 and c.chance("subsampled", 0.2)
         # NumPyro warns where an autoguide meets a batch axis without a plate.
         self.auto = plates != "one, with an undeclared axis" and c.chance("AutoNormal", 0.12)
         self.validated = c.chance("validated", 0.3)  # NumPyro's checks of arguments cost a third of the time
@@ -237,7 +233,7 @@ class _Writer:
             weights = {name: weight for name, weight in weights.items() if DOMAINS[name].has_gradient}
         names = ("x",) if c.pick("latent sites a step", (1, 2), (3, 2)) == 1 else ("x", "z")
         self.domain_of = {name: c.pick(f"{name} is", tuple(weights), tuple(weights.values())) for name in names}
-        can_sum = SUMMED_STATES and self.T < 3
+        can_sum = self.T < 3
         self.summed = [
             name for name in names if can_sum and DOMAINS[self.domain_of[name]].states and c.chance(f"{name} is summed", 0.6)
         ]
@@ -332,7 +328,9 @@ class _Writer:
 
     def choose_emissions(self):
         c = self.c
-        where = c.pick("emissions", ("one in the body", "two in the body", "after", "both", "none"), (6, 2, 3, 1.5, 0.5))
+        self.emits = where = c.pick(
+            "emissions", ("one in the body", "two in the body", "after", "both", "none"), (6, 2, 3, 1.5, 0.5)
+        )
         names = {"one in the body": 1, "two in the body": 2, "both": 1}.get(where, 0)
         latent = [s.name for s in self.steps]
         previous = [leaf.name for leaf in self.leaves]
@@ -346,7 +344,7 @@ class _Writer:
             sensors = c.chance(f"{name} has two sensors", 0.2)
             how = c.pick(f"{name} is masked", ("no", "NaN"), (3, 1))
             scale = 0.5 if c.chance(f"{name} is scaled", 0.15) else None
-            obs_mask = OBS_MASK and how == "NaN" and not sensors and c.chance(f"{name} has obs_mask", 0.5)
+            obs_mask = how == "NaN" and not sensors and c.chance(f"{name} has obs_mask", 0.5)
             self.emissions.append(
                 self.emission(name, law, reads, self.available, sensors, how == "NaN", scale) | {"obs_mask": obs_mask}
             )
@@ -410,10 +408,11 @@ class _Writer:
         self.data["T"] = self.T
         self.by_name = c.chance("arguments by name", 0.3)
         self.around = None
-        if HANDLERS_AROUND_THE_SCAN:
-            self.around = c.pick("around the scan", ("nothing", "scale", "mask"), (3, 1, 1))
-            if self.around == "mask":
-                self.off = self.c.rng.random(self.aligned) < 0.5
+        # Whole series are masked, and what is observed after the scan would have to be too.
+        around = ("nothing", "scale") if self.emits in ("after", "both") else ("nothing", "scale", "mask")
+        self.around = c.pick("around the scan", around, (3, 1, 1)[: len(around)])
+        if self.around == "mask":
+            self.off = self.c.rng.random(self.aligned) < 0.5
 
     def choose_presence(self):
         c = self.c

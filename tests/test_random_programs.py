@@ -18,8 +18,8 @@ from brute_force import enumerate_posterior
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from random_programs import random_program
 
-PROGRAMS, QUICK = 300, (*range(10),)
-DRAWS = 300
+PROGRAMS, QUICK = 300, (8, 22, 47, 158, 173, 184, 190, 194, 202, 217)  # the quickest of each kind
+DRAWS = 3000  # that backward draws by smoothing weights are wrong takes a thousand to see
 NEAR = {"rtol": 1e-9, "atol": 1e-10}
 
 
@@ -73,11 +73,12 @@ def check_draws(program, posterior, exact, params):
         sites = trace(seed(substitute(program.model, data={**params, **sample}), 0)).get_trace(*program.args, **program.kwargs)
         return {name: site["value"] for name, site in sites.items() if site["type"] == "deterministic"}
 
-    latent = {name: samples[name] for name in (*exact.values, *posterior.globals, *posterior.structure.free_sites)}
+    free = posterior.structure.free_sites
+    latent = {name: samples[name][:20] for name in (*exact.values, *posterior.globals, *free)}
     expected = jax.jit(jax.vmap(deterministic))(latent)
     assert set(samples) == {*latent, *expected}
     for name, value in expected.items():
-        assert_allclose(samples[name], value, **NEAR, err_msg=name)
+        assert_allclose(samples[name][:20], value, **NEAR, err_msg=name)
 
 
 def check_gradient(program, posterior, params):
