@@ -20,8 +20,6 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_pvmc import markov
 from random_laws import DOMAINS, EMISSIONS
 
-# Choices that the library does not have yet.
-
 POSITIVE = dist.constraints.positive
 NONLINEAR = {"linear": lambda x: x, "tanh": jnp.tanh, "sin": jnp.sin, "square": lambda x: jnp.clip(0.3 * x**2, -2, 2)}
 DISCRETE = ("states", "switch", "count")
@@ -407,7 +405,6 @@ class _Writer:
         self.gives_length = self.xs_form == "none" or c.chance("length= beside xs", 0.2)
         self.data["T"] = self.T
         self.by_name = c.chance("arguments by name", 0.3)
-        self.around = None
         # Whole series are masked, and what is observed after the scan would have to be too.
         around = ("nothing", "scale") if self.emits in ("after", "both") else ("nothing", "scale", "mask")
         self.around = c.pick("around the scan", around, (3, 1, 1)[: len(around)])

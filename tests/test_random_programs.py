@@ -115,7 +115,6 @@ def check_posterior(program, posterior, params):
         present=program.present,
         states=program.states,
         ignore=(*program.ignore, *posterior.structure.free_sites),
-        scale=posterior.structure.scale,
     )
     check_weights(program, posterior, exact)
     check_draws(program, posterior, exact, params)
