@@ -89,8 +89,8 @@ class PVMC(SVI):
         particles: str | None = None,
         **static_kwargs: Any,
     ):
-        choices = {"num_particles": num_particles, "gradient": gradient, "method": method, "particles": particles}
-        choices = {name: choice for name, choice in choices.items() if choice is not None}
+        given = {"num_particles": num_particles, "gradient": gradient, "method": method, "particles": particles}
+        choices = {name: choice for name, choice in given.items() if choice is not None}
         if loss is None:
             loss = ImportanceSmoothedELBO(**choices)
         elif choices:
@@ -101,6 +101,7 @@ class PVMC(SVI):
         guide = automatic_guide(model) if guide is None else guide
         super().__init__(model, guide, default_optimiser() if optim is None else optim, loss, **static_kwargs)
         self._known: dict[Any, tuple[Structure, Callable]] = {}
+        self._looked_at: dict[Any, tuple[Structure, dict[str, Any]]] = {}
         self._compiled_init = jax.jit(self._init)
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
@@ -129,8 +130,8 @@ class PVMC(SVI):
             # Before NumPyro looks: what cannot be read has a name here.
             structure = read_structure(self.model, arguments, params)
             refuse_discrete(structure, self.model, self.guide)
-        if not is_traced((arguments, params)):
-            check_data(structure, self.model, arguments, params)
+        self._looked_at.setdefault(signature(arguments), (structure, params))
+        self._check_data(arguments, params)
         if constrain_fn is None:
             state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
             constrain_fn = self.constrain_fn
@@ -146,11 +147,9 @@ class PVMC(SVI):
         """Take one step of the optimiser. Compiled: arrays among the arguments are traced, anything else is static.
 
         :param svi_state: the state.
-        :param args: arguments of the model and the guide.
-        :param forward_mode_differentiation: not available.
-        :param kwargs: keyword arguments of the model and the guide.
+        :param args: arguments of the model and the guide; keyword arguments alike.
+        :param forward_mode_differentiation: not available, and refused.
         :return: the new state, and the loss at the old one.
-        :raises ValueError: if `forward_mode_differentiation` is asked for.
         """
         _refuse_forward_mode(forward_mode_differentiation)
         return self._compiled_update(svi_state, Arguments(args, kwargs), stable=False)
@@ -158,18 +157,12 @@ class PVMC(SVI):
     def stable_update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> tuple[SVIState, jax.Array]:
-        """Like :meth:`update`, with the same arguments, but keep the old state if the loss or the new state is not finite."""
+        """Like :meth:`update`, but keep the old state if the loss or the new state is not finite."""
         _refuse_forward_mode(forward_mode_differentiation)
         return self._compiled_update(svi_state, Arguments(args, kwargs), stable=True)
 
     def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
-        """The loss that :meth:`update` would report at a state.
-
-        :param svi_state: the state.
-        :param args: arguments of the model and the guide.
-        :param kwargs: keyword arguments of the model and the guide.
-        :return: the loss.
-        """
+        """The loss that :meth:`update` would report at a state, with the same arguments."""
         return self._compiled_evaluate(svi_state, Arguments(args, kwargs))
 
     def run(
@@ -204,7 +197,6 @@ class PVMC(SVI):
         :param init_params: initial values of parameters, by name.
         :param grow: whether to begin with few particles, or by refitting alone. Without, each step equals one of
             :class:`numpyro.infer.SVI`.
-        :param kwargs: keyword arguments of the model and the guide.
         :return: parameters, last state, and the losses; while the number of particles grows a loss is that of the number in
             use, and while transitions are tempered that of the tempered chain.
         :raises ValueError: for `num_steps` below 1, or as :meth:`init`.
@@ -273,10 +265,13 @@ class PVMC(SVI):
             than 1, such as 0.02, helps where the noise of transitions is small against the width of the guide.
         :param kwargs: keyword arguments of the model and the guide.
         :return: weighted particles; global sites are drawn once.
-        :raises ValueError: if `refine` is negative, `temper` is not above 0 and at most 1, or the guide is not Gaussian.
+        :raises ValueError: if `refine` is negative, `temper` is not above 0 and at most 1, the guide is not Gaussian, or the
+            data contain NaN.
         """
         check_refinement(refine, temper)
-        posterior = self._compiled_posterior(rng_key, params, self._arguments(args, kwargs), temper, refine=refine)
+        arguments = self._arguments(args, kwargs)
+        self._check_data(arguments, params)
+        posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
         if refine and not is_traced(posterior):
             warn_of_collapse(posterior)
         return posterior
@@ -299,31 +294,36 @@ class PVMC(SVI):
         importance weights, where Z is the estimate of the evidence: as the number of draws grows the joint law becomes the
         posterior, whatever the guide. That serves a few global sites, not hundreds.
 
-        :param rng_key: random key.
-        :param params: trained parameters.
-        :param args: arguments of the model and the guide.
+        The other arguments are those of :meth:`posterior`.
+
         :param sample_shape: how many to draw.
-        :param refine: as for :meth:`posterior`.
-        :param temper: as for :meth:`posterior`.
         :param resample: whether to correct the law of the global sites by importance resampling.
-        :param kwargs: keyword arguments of the model and the guide.
         :return: ``{site: (*sample_shape, ...)}``, latent and deterministic sites in the shapes that the model gives them.
         """
         check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
+        self._check_data(arguments, params)
         sample_shape = tuple(sample_shape)
-        samples, number = self._compiled_sample(
-            rng_key, params, arguments, temper, sample_shape=sample_shape, refine=refine, resample=resample
-        )
+        choices = {"sample_shape": sample_shape, "refine": refine, "resample": resample}
+        samples, number = self._compiled_sample(rng_key, params, arguments, temper, **choices)
         if resample and not is_traced(number):
             warn_of_few_draws(number, sample_shape)
         return samples
+
+    def _check_data(self, arguments, params):
+        """Refuse data that are no numbers, and masks that are no padding. Masks do not read parameters: the first will do."""
+        if is_traced((arguments, params)):
+            return
+        known_for = signature(arguments)
+        if known_for not in self._looked_at:
+            self._looked_at[known_for] = read_structure(self.model, arguments, params), params
+        structure, params = self._looked_at[known_for]
+        check_data(structure, self.model, arguments, params)
 
     def _arguments(self, args, kwargs):
         return Arguments(args, kwargs | self.static_kwargs)
 
     def _parameters_of_the_model(self, state, arguments):
-        """Parameters that the guide does not have."""
         params = self.get_params(state)
         of_model, of_guide = (parameter_names(program, arguments, params) for program in (self.model, self.guide))
         return tuple(sorted(of_model - of_guide))
@@ -375,18 +375,16 @@ class PVMC(SVI):
         return lax.fori_loop(0, count, body, (state, jnp.full(_CHUNK, jnp.nan, dtype)))
 
     def _posterior(self, rng_key, params, arguments, temper, refine):
-        return smooth(rng_key, self.model, self.guide, arguments, params, self._smoothed_loss(), refine, temper)
+        return smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
 
     def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
-        loss = self._smoothed_loss()
-        return sample(rng_key, self.model, self.guide, arguments, params, loss, refine, temper, sample_shape, resample)
+        parts = rng_key, self.model, self.guide, arguments, params, self._lattice_loss()
+        return sample(*parts, refine, temper, sample_shape, resample)
 
-    def _smoothed_loss(self):
-        if not isinstance(self.loss, ImportanceSmoothedELBO):
-            raise TypeError(
-                f"The posterior needs the loss `ImportanceSmoothedELBO`, but this `PVMC` has {type(self.loss).__name__}."
-            )
-        return self.loss
+    def _lattice_loss(self):
+        if isinstance(self.loss, ImportanceSmoothedELBO):
+            return self.loss
+        raise TypeError(f"The posterior needs the loss `ImportanceSmoothedELBO`, but here it is {type(self.loss).__name__}.")
 
 
 def _refuse_forward_mode(asked):

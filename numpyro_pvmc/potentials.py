@@ -107,11 +107,11 @@ def propose(
         reweighted = tuple(structure.sites)
     drawn = {name: lax.stop_gradient(x) if name in reweighted else x for name, x in drawn.items()}
     plates = tuple(plate.size for plate in structure.plates)
-    slack_node, slack = jnp.zeros((structure.length + 1, *plates, num_particles)), jnp.zeros(plates)
+    slack_node, slack = _slack(structure, num_particles)
     is_doubly = gradient == "doubly_reparam" and form.markovian is None
     if is_doubly:
         learning = {name: x for name, x in drawn.items() if name not in reweighted}
-        learning, slack_node, slack = _weigh_cotangents(structure, slack_node, slack)(learning)
+        learning, slack_node, slack = _weigh_cotangents(structure, num_particles)(learning)
         drawn = drawn | learning
     drawn = particles_of(structure, drawn)
     chain = read_chain(structure, model, arguments, params | mutable | global_values, gradient_scale)
@@ -186,7 +186,13 @@ def align(weights: jax.Array, latent: Latent, structure: Structure) -> jax.Array
     return weights.reshape(weights.shape[: weights.ndim - len(structure.plates)] + tuple(shape))
 
 
-def _weigh_cotangents(structure, slack_node, slack):
+def _slack(structure, num_particles):
+    """Zeros, one for each node and one for each log normalizer."""
+    plates = tuple(plate.size for plate in structure.plates)
+    return jnp.zeros((structure.length + 1, *plates, num_particles)), jnp.zeros(plates)
+
+
+def _weigh_cotangents(structure, num_particles):
     """The identity on particles, which passes their cotangents back times the particle's smoothing weight.
 
     Each particle enters log Z as log(a + rest), where a is the weight of the trajectories through it and W = a / (a + rest)
@@ -197,7 +203,7 @@ def _weigh_cotangents(structure, slack_node, slack):
 
     @jax.custom_vjp
     def identity(particles):
-        return particles, slack_node, slack
+        return particles, *_slack(structure, num_particles)
 
     def forward(particles):
         return identity(particles), None

@@ -138,7 +138,11 @@ def log_normalizer_and_weights(
     one = jax.tree.map(lambda leaf: leaf[0], inputs)
     function, constants = jax.closure_convert(function, one)
 
-    def total(node, inputs, constants):
+    # Nothing traced is closed over: a compiled function may be differentiated from outside.
+    arguments = node, inputs, constants, mask
+    shapes = jax.eval_shape(lambda: arguments)
+
+    def total(node, inputs, constants, mask):
         edges = Edges(lambda inputs: function(inputs, *constants), inputs)
         return log_normalizer(node, edges, mask, method).sum()
 
@@ -147,23 +151,21 @@ def log_normalizer_and_weights(
         return forward(arguments)[0]
 
     def forward(arguments):
-        value, gradient = jax.value_and_grad(total, (0, 1, 2), allow_int=True)(*arguments)
+        value, gradient = jax.value_and_grad(total, (0, 1, 2, 3), allow_int=True)(*arguments)
         kept = [leaf for leaf in jax.tree.leaves(gradient) if leaf.dtype != jax.dtypes.float0]
         return (value, gradient[0]), kept
 
     def backward(kept, cotangents):
-        leaves, treedef = jax.tree.flatten((node, inputs, constants))
+        leaves, treedef = jax.tree.flatten(shapes)
         kept = iter(kept)
         gradient = [
-            cotangents[0] * next(kept)
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-            else np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+            cotangents[0] * next(kept) if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros(leaf.shape, jax.dtypes.float0)
             for leaf in leaves
         ]
         return (jax.tree.unflatten(treedef, gradient),)
 
     evaluate.defvjp(forward, backward)
-    value, weights = evaluate((node, inputs, constants))
+    value, weights = evaluate(arguments)
     return value, lax.stop_gradient(_log_weights(weights, mask))
 
 
