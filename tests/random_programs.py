@@ -202,9 +202,10 @@ class _Writer:
         for _, size, dim in self.plate_dims:
             aligned[dim] = size
         self.aligned = tuple(aligned)  # the shape of one number for each series
-        self.subsampled = len(self.plate_dims) == 1 and c.chance("subsampled", 0.2)
         # NumPyro warns where an autoguide meets a batch axis without a plate.
-        self.auto = plates != "one, with an undeclared axis" and c.chance("AutoNormal", 0.12)
+        self.has_free_axis = plates == "one, with an undeclared axis"
+        self.auto = not self.has_free_axis and c.chance("AutoNormal", 0.12)
+        self.subsampled = len(self.plate_dims) == 1 and not self.auto and c.chance("subsampled", 0.2)
         self.validated = c.chance("validated", 0.3)  # NumPyro's checks of arguments cost a third of the time
         self.params = {}
 
@@ -231,7 +232,7 @@ class _Writer:
             weights = {name: weight for name, weight in weights.items() if DOMAINS[name].has_gradient}
         names = ("x",) if c.pick("latent sites a step", (1, 2), (3, 2)) == 1 else ("x", "z")
         self.domain_of = {name: c.pick(f"{name} is", tuple(weights), tuple(weights.values())) for name in names}
-        can_sum = self.T < 3
+        can_sum = self.T < 3 and not self.has_free_axis  # the enumeration knows sites of one element
         self.summed = [
             name for name in names if can_sum and DOMAINS[self.domain_of[name]].states and c.chance(f"{name} is summed", 0.6)
         ]
@@ -342,7 +343,7 @@ class _Writer:
             sensors = c.chance(f"{name} has two sensors", 0.2)
             how = c.pick(f"{name} is masked", ("no", "NaN"), (3, 1))
             scale = 0.5 if c.chance(f"{name} is scaled", 0.15) else None
-            obs_mask = how == "NaN" and not sensors and c.chance(f"{name} has obs_mask", 0.5)
+            obs_mask = how == "NaN" and not sensors and not self.auto and c.chance(f"{name} has obs_mask", 0.5)
             self.emissions.append(
                 self.emission(name, law, reads, self.available, sensors, how == "NaN", scale) | {"obs_mask": obs_mask}
             )
