@@ -26,6 +26,7 @@ def learned():
     return guide, pvmc.run(random.key(1), 300, y, progress_bar=False, grow=False).params
 
 
+@pytest.mark.slow
 def test_smooths_series_it_has_not_seen(learned):
     """The prior's variance is 1.3, the posterior's about 0.2: proposals that ignored the data would be off by 1."""
     guide, params = learned

@@ -172,7 +172,7 @@ def test_programs(name):
 @pytest.mark.parametrize(
     "network",
     [
-        Flax,
+        pytest.param(Flax, marks=pytest.mark.slow),
         pytest.param(Equinox(2, 2, random.key(0)), marks=pytest.mark.slow),
         pytest.param(Recurrent(3), marks=pytest.mark.slow),
     ],

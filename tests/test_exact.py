@@ -112,6 +112,7 @@ def test_larger_programs_are_refused(model, shape, message, x64):
         exact_posterior(model, {}, jnp.ones(shape))
 
 
+@pytest.mark.slow
 def test_a_panel_with_two_sites_a_step(x64):
     """Thirty series with a level and a slope, against Kalman's recursions."""
     y = observations(60, 30)
@@ -220,6 +221,7 @@ def test_autoregression(length, tolerance):
     assert_allclose(posterior.filtering_variance()["x"], filtered.covariances[1:, 0, 0], rtol=10 * tolerance)
 
 
+@pytest.mark.slow
 @in_both_precisions
 def test_panel_of_vectors_whose_start_is_observed(tolerance):
     x, y = linear_gaussian.simulate(linear_gaussian.law(), 12, 3)
@@ -229,6 +231,7 @@ def test_panel_of_vectors_whose_start_is_observed(tolerance):
         assert_equals(posterior, dense_smoother(linear_gaussian.law(0.3), y[:, n]), tolerance, series=(n,))
 
 
+@pytest.mark.slow
 @in_both_precisions
 def test_sites_of_one_step_that_read_each_other(tolerance):
     """A local linear trend: the level reads the slope of its own step. Of an observation one element may be missing."""
@@ -369,6 +372,7 @@ def test_emissions_with_time_in_the_event(tolerance):
     assert_equals(exact_posterior(model, {}, y), dense_smoother(scalar_law(), y[:, None]), tolerance)
 
 
+@pytest.mark.slow
 @in_both_precisions
 def test_two_plates_and_series_that_differ(tolerance):
     y, slopes = observations(5, 2, 3), np.linspace(-0.5, 0.9, 6).reshape(2, 3)

@@ -51,7 +51,8 @@ PANEL = jnp.abs(random.normal(random.key(0), (5, 2, 3)))
 STATE = ["auto_initial_mean", "auto_initial_factor", "auto_steps_mean", "auto_steps_factor"]
 
 
-@pytest.mark.parametrize("covariance", ["diagonal", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_training_from_a_blind_start(covariance):
     guide = AutoSmoothedNormal(counts, covariance=covariance)
     pvmc = PVMC(counts, guide, optax.adam(0.05), num_particles=64)
@@ -128,7 +129,8 @@ def test_global_sites_have_a_guide_of_their_own():
     assert len(np.unique(samples["scale"])) == 7
 
 
-@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_proposal_in_the_manner_of_automatic_guides(covariance):
     guide = AutoSmoothedNormal(constrained_panel, covariance=covariance)
     pvmc = PVMC(constrained_panel, guide, num_particles=64)

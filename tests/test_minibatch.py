@@ -122,6 +122,7 @@ def exact_law_of_scale(y):
     return weights @ grid, np.sqrt(weights @ (grid - weights @ grid) ** 2)
 
 
+@pytest.mark.slow
 def test_resampled_global_sites_have_their_posterior_law():
     """Whatever the guide: here one that is untrained, and off."""
     y = np.random.default_rng(3).normal(size=12).cumsum().astype(np.float32)

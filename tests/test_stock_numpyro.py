@@ -88,6 +88,7 @@ def test_trace_elbo_mcmc_and_predictive_run():
     assert draws["y"].shape == (7, 9, 2)
 
 
+@pytest.mark.slow
 def test_predictive_takes_the_posterior_samples():
     pvmc = PVMC(model, AutoNormal(model), num_particles=4)
     result = pvmc.run(jax.random.key(0), 50, Y, progress_bar=False)
