@@ -130,8 +130,9 @@ class PVMC(SVI):
             # Before NumPyro looks: what cannot be read has a name here.
             structure = read_structure(self.model, arguments, params)
             refuse_discrete(structure, self.model, self.guide)
-        self._looked_at.setdefault(signature(arguments), (structure, params))
-        self._check_data(arguments, params)
+        if not is_traced((arguments, params)):
+            self._looked_at.setdefault(signature(arguments), (structure, params))
+            check_data(structure, self.model, arguments, params)
         if constrain_fn is None:
             state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
             constrain_fn = self.constrain_fn
@@ -270,7 +271,7 @@ class PVMC(SVI):
         """
         check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
-        self._check_data(arguments, params)
+        self._check_data(rng_key, arguments, params)
         posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
         if refine and not is_traced(posterior):
             warn_of_collapse(posterior)
@@ -302,7 +303,7 @@ class PVMC(SVI):
         """
         check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
-        self._check_data(arguments, params)
+        self._check_data(rng_key, arguments, params)
         sample_shape = tuple(sample_shape)
         choices = {"sample_shape": sample_shape, "refine": refine, "resample": resample}
         samples, number = self._compiled_sample(rng_key, params, arguments, temper, **choices)
@@ -310,9 +311,9 @@ class PVMC(SVI):
             warn_of_few_draws(number, sample_shape)
         return samples
 
-    def _check_data(self, arguments, params):
-        """Refuse data that are no numbers, and masks that are no padding. Masks do not read parameters: the first will do."""
-        if is_traced((arguments, params)):
+    def _check_data(self, rng_key, arguments, params):
+        """Look at the data, unless something is being compiled. Masks do not read parameters: the first ones will do."""
+        if is_traced((rng_key, arguments, params)):
             return
         known_for = signature(arguments)
         if known_for not in self._looked_at:

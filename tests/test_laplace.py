@@ -178,7 +178,8 @@ def levels(y, scale):
 
 
 @pytest.mark.parametrize(
-    ("program", "place"), [pytest.param(counts, 0.0, marks=pytest.mark.slow), pytest.param(volatility, 4.0, marks=pytest.mark.slow), (levels, -2.0)]
+    ("program", "place"),
+    [(counts, 0.0), pytest.param(volatility, 4.0, marks=pytest.mark.slow), pytest.param(levels, -2.0, marks=pytest.mark.slow)],
 )
 def test_finds_the_mode(program, place):
     rng = np.random.default_rng(3)

@@ -75,7 +75,8 @@ def test_series_are_chosen_by_the_name_of_the_plate(x64):
         assert_allclose(posterior.log_normalizer[n], np.logaddexp.reduce(alpha), rtol=1e-10)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, None])
 def test_a_refitted_guide_keeps_all_series(size):
     """Rows of the minibatch move, others rest; a model without the minibatch takes the same state."""
     guide = AutoStateSpace(panel, AutoNormal, functools.partial(AutoSmoothedNormal, covariance="full"))

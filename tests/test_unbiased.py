@@ -108,7 +108,8 @@ def test_a_masked_site_has_no_density_in_the_guide_either():
             y_t, present_t = inputs
             x = numpyro.sample("x", dist.Normal(A * x_prev, Q))
             with numpyro.handlers.mask(mask=present_t):
-                numpyro.sample("z", dist.Normal(x, 1.0))
+                z = numpyro.sample("z", dist.Normal(x, 1.0))
+                numpyro.sample("w", dist.Normal(z, 1.0), obs=0.3)
             numpyro.sample("y", dist.Normal(x, R), obs=y_t)
             return x, None
 
