@@ -93,6 +93,7 @@ def test_programs_against_the_integral_of_their_densities(tolerance, name):
             assert_allclose(posterior.covariances[key][index], shared, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_programs_that_are_refused(name, x64):
     with pytest.raises(ValueError, match=REFUSED[name]):
@@ -135,6 +136,7 @@ def test_a_level_in_the_thousands(tolerance):
     assert_equals(posterior, rts_smoother(law, unseen_start(y[:, None])), tolerance, start="level_0", site="level")
 
 
+@pytest.mark.slow
 def test_padded_steps_hold_the_state(x64):
     program = BY_NAME["held"]
     posterior = posterior_of(program, {})
@@ -149,6 +151,7 @@ def log_normal(x, mean, scale):
     return -0.5 * ((x - mean) / scale) ** 2 - np.log(scale) - 0.5 * np.log(2 * np.pi)
 
 
+@pytest.mark.slow
 def test_what_is_held_is_the_carry_of_the_last_step(x64):
     """The carry is another function of the site at every step, and at the start; it is held over a gap."""
     u, y, present = observations(5, seed=1), observations(5, seed=2), np.array([True, True, False, False, True])
@@ -277,6 +280,7 @@ def time_varying(m, P, A, Q, C, R, y):
     return log_evidence, np.array(means)
 
 
+@pytest.mark.slow
 @in_both_precisions
 def test_time_varying_inputs_and_clocks(tolerance):
     """All that may change with time does: slopes, shifts and noise of both laws, by inputs and by a clock."""
@@ -358,6 +362,7 @@ def test_ragged_panel_with_holes_observed_after_the_scan(tolerance):
         assert_allclose(posterior.mean()["x"][last[n] :, n], expected.means[-1, 0], atol=10 * tolerance)
 
 
+@pytest.mark.slow
 @in_both_precisions
 def test_emissions_with_time_in_the_event(tolerance):
     y = observations(5)
@@ -470,6 +475,7 @@ def test_it_is_compiled_mapped_and_differentiated(x64):
     assert posterior.kind == "linear-Gaussian"
 
 
+@pytest.mark.slow
 def test_samples_are_joint_draws_that_predictive_takes(x64):
     y = observations(4)
 
@@ -500,6 +506,7 @@ def test_samples_are_joint_draws_that_predictive_takes(x64):
     assert posterior.sample(jax.random.key(0))["x"].shape == (4,)
 
 
+@pytest.mark.slow
 def test_samples_have_the_shapes_of_the_model(x64):
     program = BY_NAME["held"]
     samples = posterior_of(program, {}).sample(jax.random.key(0), (2,))
@@ -580,6 +587,7 @@ def test_refusal_of_scaled_sites(x64):
         exact_posterior(model, {}, jnp.ones(3))
 
 
+@pytest.mark.slow
 def test_refusal_of_latent_sites_masked_in_part(x64):
     def model(y, mask):
         def step(x_prev, inputs):

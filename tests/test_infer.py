@@ -129,6 +129,7 @@ def test_python_scalars_are_static_and_arrays_are_traced():
     assert set(seen) == {(int, str, True)}
 
 
+@pytest.mark.slow
 def test_update_inside_the_users_own_jit_and_scan():
     model = CountedModel()
     pvmc = PVMC(model, AutoNormal(model), optax.adam(0.05), num_particles=4)

@@ -110,11 +110,11 @@ def scaled_emission(y):
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
-        (two_plates, (3, 2)),
+        pytest.param(two_plates, (3, 2), marks=pytest.mark.slow),
         (plate_on_the_left, (3,)),
         (another_scan, ()),
-        (hierarchy, (3,)),
-        (carry_of_many_leaves, ()),
+        pytest.param(hierarchy, (3,), marks=pytest.mark.slow),
+        pytest.param(carry_of_many_leaves, (), marks=pytest.mark.slow),
         (factors, ()),
         (scaled_emission, ()),
     ],

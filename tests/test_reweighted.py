@@ -116,6 +116,7 @@ def test_a_discrete_and_a_continuous_site_in_one_step():
     assert (abs(result.params["logits"]) > 0.05).all()
 
 
+@pytest.mark.slow
 def test_gradient_of_a_term_is_scaled_and_its_value_is_not(x64):
     plain = ImportanceSmoothedELBO(8, gradient="reparam")
     of = lambda **scales: ImportanceSmoothedELBO(8, gradient="reparam", gradient_scale=scales)

@@ -62,6 +62,7 @@ def test_filter_guide(data, filter_guide, particles, at_most):
     assert -2 < found[:, 1].mean() < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_particles", "rounds", "at_most"),
     [(64, 12, 0.005), pytest.param(256, 8, 0.0003, marks=pytest.mark.slow)],
