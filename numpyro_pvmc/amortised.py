@@ -15,11 +15,12 @@ from numpyro.handlers import block, seed, substitute
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_pvmc.chain import observations, read_chain, read_structure
+from numpyro_pvmc.chain import Structures, read_chain
 from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
 from numpyro_pvmc.minibatch import minibatch_plates
 from numpyro_pvmc.moments import Moments, spread
-from numpyro_pvmc.program import Arguments, signature
+from numpyro_pvmc.observed import observations
+from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.refinement import sample_proposal
 from numpyro_pvmc.structure import Structure
 
@@ -93,7 +94,7 @@ class AutoAmortisedNormal(AutoGuide):
                 f"outputs and a random key that returns one, but got a {type(network).__name__}."
             )
         self.network, self.features = network, features
-        self._structures: dict[Any, Structure] = {}
+        self._structures = Structures(model)
         super().__init__(model, prefix=prefix)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
@@ -195,11 +196,7 @@ class AutoAmortisedNormal(AutoGuide):
         return coordinates, Proposal(initial, moments(output[1:], of_steps, sizes[1]))
 
     def _structure(self, arguments: Arguments) -> Structure:
-        known_for = signature(arguments)
-        if known_for not in self._structures:
-            structure = read_structure(self.model, arguments, {})
-            self._structures[known_for] = structure.summing(structure.finite)
-        structure = self._structures[known_for]
+        structure = self._structures(arguments)
         if structure.global_sites:
             raise ValueError(
                 f"`AutoAmortisedNormal` proposes the sites of the chain, and the model has others: {structure.global_sites}. "

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax import random
 from numpyro import validation_enabled
 
 from numpyro_pvmc.dependence import holds, influence
-from numpyro_pvmc.program import Arguments, is_latent, log_prob, mask_of, run, run_body
+from numpyro_pvmc.program import Arguments, base_law, is_latent, log_prob, mask_of, run, run_body
 from numpyro_pvmc.structure import Latent, Plate, Structure
 from numpyro_pvmc.survey import capture, check_continuous, choose_chain, first, survey
 
@@ -56,8 +55,9 @@ def _analyse(model, arguments, values):
 
     reads, paths = _carry_influence(model, arguments, values, chain)
     free = _free_sites(reads, chain, bool(observed))
+    drawn_freely = [_latent(chain.latent[name]) for name in free]
     chain = chain._replace(latent={name: site for name, site in chain.latent.items() if name not in free})
-    reads["latent"] = _any_of([reads.pop(f"latent {name}") for name in (*chain.latent, *free)][: len(chain.latent)])
+    reads["latent"] = _any_of([reads[f"latent {name}"] for name in chain.latent])
     is_clock = _clocks(reads, len(paths))
     state = [str(i) for i in range(len(paths)) if not is_clock[i]]
     kept = [(int(i), j) for i in state for j in state if reads[j]["carry"][int(i)]]
@@ -66,7 +66,7 @@ def _analyse(model, arguments, values):
     outer = _outer_influence(model, arguments, values, chain, outside_latent)
     initial = _initial_sites(outer, is_clock)
     later, imputed = _later_sites(model, arguments, values, chain, outside_latent, reads, state, outer)
-    free = (*free, *imputed)
+    drawn_freely += [_latent(outside[name]) for name in imputed]
     global_sites = tuple(name for name in outside_latent if name not in initial and name not in imputed)
     check_continuous({name: outside[name] for name in global_sites if name in outside})
     initial_factors = tuple(
@@ -92,7 +92,7 @@ def _analyse(model, arguments, values):
         initial_factors=initial_factors,
         later_factors=later,
         global_factors=tuple(name for name in observed if name not in (*initial_factors, *later)),
-        free_sites=free,
+        free_sites=tuple(drawn_freely),
         subsampled=tuple(n for n, s in outside.items() if s["type"] == "plate" and s["args"][1] not in (None, s["args"][0])),
     )
     return structure, hold_error
@@ -106,8 +106,7 @@ def _latent(site):
 
 def _support(fn):
     """The values of one element of a discrete law, if there are finitely many and they are known beforehand."""
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        fn = fn.base_dist
+    fn = base_law(fn)
     if not fn.has_enumerate_support or fn.event_shape:
         return None
     try:

@@ -17,7 +17,7 @@ from jax import lax, random
 from numpyro_pvmc.analysis import analyse
 from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.independence import check_independence
-from numpyro_pvmc.program import Arguments, Scan, Site, Sites, log_prob, mask_of, run, run_body
+from numpyro_pvmc.program import Arguments, Scan, Site, Sites, log_prob, mask_of, run, run_body, signature
 from numpyro_pvmc.structure import Structure, per_series, time_rows
 from numpyro_pvmc.survey import capture, first
 
@@ -74,6 +74,28 @@ def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]
     return structure
 
 
+class Structures:
+    """The structures of one program's chain, kept by the shapes of its arguments, for guides that sample no discrete sites.
+
+    :param model: a NumPyro program.
+    """
+
+    def __init__(self, model: Callable):
+        self.model = model
+        self._known: dict[Any, Structure] = {}
+
+    def __call__(self, arguments: Arguments) -> Structure:
+        """The structure of the chain, in which all discrete sites that can be are summed over their values.
+
+        :param arguments: what the program is called with.
+        """
+        known_for = signature(arguments)
+        if known_for not in self._known:
+            structure = read_structure(self.model, arguments, {})
+            self._known[known_for] = structure.summing(structure.finite)
+        return self._known[known_for]
+
+
 def read_chain(
     structure: Structure,
     model: Callable,
@@ -108,7 +130,7 @@ def read_chain(
     return Chain(structure, model, arguments, values, scan, outside, inputs, dict(gradient_scale))
 
 
-def minibatch(
+def draw_minibatch(
     structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], rng_key: jax.Array
 ) -> dict[str, jax.Array]:
     """One draw of the indices of subsampled plates, which all readings of a program must share.
@@ -196,44 +218,12 @@ def presence(chain: Chain) -> Presence | None:
         latent = {site.name: unmasked(sites[site.name], chain) > 0 for site in structure.step_latents}
         steps = functools.reduce(jnp.logical_or, latent.values())
         if not structure.holding:
-            # A state that is known, and no latent site, is one that observed sites still read.
+            # Nothing holds the state of a masked step, so its value is given, and observed sites may still read it.
             observed = [site for site in sites.values() if site["type"] == "sample" and site["is_observed"]]
             steps = functools.reduce(jnp.logical_or, [unmasked(site, chain) > 0 for site in observed], steps)
         return Presence(latent, steps)
 
     return at_all_steps(chain, at_step)
-
-
-def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
-    """What a chain observes, by step: the elements of its observed sites one after the other, E of them.
-
-    The observations of the first row are those made at the chain's beginning. If they have as many elements as those of a step
-    they are taken to be of the same kind, and otherwise have elements of their own.
-
-    :param chain: the chain.
-    :return: values, of shape ``(T + 1, *plates, E)``, zero where there are none; and where there are some: not masked, and
-        finite.
-    """
-    structure = chain.structure
-    plates = tuple(plate.size for plate in structure.plates)
-
-    def at_step(sites):
-        observed = [site for site in sites.values() if site["type"] == "sample" and site["is_observed"]]
-        return _join([_elements(site, structure, 0) for site in observed], plates)
-
-    absent = lambda pair: jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), pair)
-    parts = [absent(at_all_steps(chain, at_step))]
-    for name in structure.later_factors:
-        rows = _elements(chain.outside[name], structure, 1)
-        parts.append(absent(rows) if len(rows[0]) == structure.length else rows)
-    values, present = _join(parts, (structure.length + 1, *plates))
-    beginning = [_elements(chain.outside[name], structure, 0) for name in structure.initial_factors]
-    first_values, first_present = _join(beginning, plates)
-    if first_values.shape[-1] == values.shape[-1] and not structure.later_factors:
-        return values.at[0].set(first_values), present.at[0].set(first_present)
-    rest = lambda x: jnp.zeros((structure.length, *x.shape), x.dtype)
-    own = [jnp.concatenate([x[None], rest(x)]) for x in (first_values, first_present)]
-    return _join([(values, present), tuple(own)], (structure.length + 1, *plates))
 
 
 def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax.Array:
@@ -345,28 +335,6 @@ def unmasked(site: Site, chain: Chain) -> jax.Array:
     """
     mask = mask_of(site)
     return per_series(jnp.ones((), jnp.int32) if mask is None else mask.astype(jnp.int32), chain.structure.plates)
-
-
-def _elements(site, structure, leading):
-    """Values of an observed site, ``(*leading, *plates, E)``, and where there are some."""
-    shape, event_dim = site["fn"].shape(), site["fn"].event_dim
-    border = len(shape) - event_dim
-    value, mask = jnp.broadcast_to(site["value"], shape), mask_of(site)
-    present = jnp.isfinite(value)
-    if mask is not None:
-        present = present & mask.reshape(mask.shape + (1,) * event_dim)
-    kept = [*range(leading), *(border + plate.dim for plate in structure.plates)]
-    order = kept + [axis for axis in range(len(shape)) if axis not in kept]
-
-    def flat(x):
-        return x.transpose(order).reshape(*(shape[axis] for axis in kept), -1)
-
-    return flat(jnp.where(present, value, 0).astype(jnp.result_type(float))), flat(present)
-
-
-def _join(parts, shape):
-    empty = jnp.zeros((*shape, 0)), jnp.zeros((*shape, 0), bool)
-    return tuple(jnp.concatenate(arrays, -1) for arrays in zip(empty, *parts, strict=True))
 
 
 def at_all_steps(chain: Chain, function: Callable[[Sites], Any]) -> Any:

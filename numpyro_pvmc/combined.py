@@ -10,11 +10,10 @@ from jax import random
 from numpyro.handlers import block, seed, substitute
 from numpyro.infer.autoguide import AutoGuide, AutoNormal
 
-from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.chain import Structures
 from numpyro_pvmc.guides import AutoSmoothedNormal
 from numpyro_pvmc.minibatch import minibatch_plates
-from numpyro_pvmc.program import Arguments, signature
-from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.program import Arguments
 
 
 class AutoStateSpace(AutoGuide):
@@ -73,14 +72,14 @@ class AutoStateSpace(AutoGuide):
         self.parameters = parameters(block(seed(model, 0), hide_fn=self._is_no_parameter), prefix=prefix)
         if isinstance(self.parameters, AutoGuide):
             self.parameters.create_plates = self._plates  # those it makes itself keep the size of the first minibatch
-        self._structures: dict[Any, Structure] = {}
+        self._structures = Structures(model)
         self._names: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-        structure = self._structure(Arguments(args, kwargs))
+        structure = self._structures(Arguments(args, kwargs))
         values = {}
         with minibatch_plates(structure) as indices:
-            pass
+            pass  # the plates are only to draw the indices: each guide enters plates of its own
         with substitute(data=indices):  # both guides see one minibatch
             if structure.global_sites:
                 self._names = structure.global_sites
@@ -132,18 +131,11 @@ class AutoStateSpace(AutoGuide):
         return values | function(self.states)
 
     def _plates(self, *args, **kwargs):
-        structure = self._structure(Arguments(args, kwargs))
+        structure = self._structures(Arguments(args, kwargs))
         return [numpyro.plate(p.name, p.total, subsample_size=p.size, dim=p.dim) for p in structure.plates]
 
     def _is_no_parameter(self, site):
         return site["type"] != "plate" and site.get("name") not in self._names
-
-    def _structure(self, arguments):
-        known_for = signature(arguments)
-        if known_for not in self._structures:
-            structure = read_structure(self.model, arguments, {})
-            self._structures[known_for] = structure.summing(structure.finite)
-        return self._structures[known_for]
 
 
 def automatic_guide(model: Callable) -> AutoStateSpace:

@@ -21,7 +21,7 @@ from numpyro.handlers import substitute
 from numpyro_pvmc.chain import Chain, supports
 from numpyro_pvmc.densities import Particles
 from numpyro_pvmc.moments import Moments, dense
-from numpyro_pvmc.program import Arguments, log_densities, run
+from numpyro_pvmc.program import WRAPPERS, Arguments, log_densities, run
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.structure import Latent, Structure, per_series
 
@@ -297,7 +297,7 @@ def _gaussian(name, law):
     while not isinstance(fn, dist.Normal | dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         if isinstance(fn, dist.TransformedDistribution):
             steps = list(fn.transforms) + steps
-        elif not isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        elif not isinstance(fn, WRAPPERS):
             raise ValueError(
                 f"The guide's law for site '{name}', {type(law).__name__}, is not Gaussian in unconstrained space, so there "
                 "is no Gaussian to refit. Use `AutoSmoothedNormal`, or `refine=0`."

@@ -10,7 +10,7 @@ from jax.scipy.special import ndtri
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import mutable
 
-from numpyro_pvmc.chain import Chain, read_chain, read_structure
+from numpyro_pvmc.chain import Chain, Structures, read_chain
 from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
 from numpyro_pvmc.laplace import laplace
 from numpyro_pvmc.minibatch import (
@@ -23,9 +23,8 @@ from numpyro_pvmc.minibatch import (
 )
 from numpyro_pvmc.moments import Moments, dense, diagonal, spread
 from numpyro_pvmc.potentials import Lattice
-from numpyro_pvmc.program import Arguments, is_traced, signature
+from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.refinement import refitted, sample_proposal
-from numpyro_pvmc.structure import Structure
 
 COVARIANCES = ("diagonal", "full")
 INITS = ("prior", "laplace")
@@ -102,7 +101,7 @@ class AutoSmoothedNormal(AutoGuide):
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
         self.init, self.covariance, self.init_scale, self.rate = init, covariance, init_scale, rate
         self._names = {of: tuple(f"{prefix}_{of}_{part}" for part in Moments._fields) for of in Coordinates._fields}
-        self._structures: dict[Any, Structure] = {}
+        self._structures = Structures(model)
         self._coordinates: dict[tuple[int, ...], Coordinates] = {}
 
     def proposal(self, state: dict[str, Any]) -> Proposal:
@@ -116,7 +115,7 @@ class AutoSmoothedNormal(AutoGuide):
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         arguments = Arguments(args, kwargs)
-        structure = self._structure(arguments)
+        structure = self._structures(arguments)
         if not structure.sites:
             return {}
         if self._coordinates and all(set(structure.sites) != _names(known) for known in self._coordinates.values()):
@@ -215,13 +214,6 @@ class AutoSmoothedNormal(AutoGuide):
             return own.mean + own.factor * levels.reshape(levels.shape + (1,) * own.mean.ndim)
 
         return self._values(params, [None if moments is None else one(moments) for moments in self._proposal(params)])
-
-    def _structure(self, arguments):
-        known_for = signature(arguments)
-        if known_for not in self._structures:
-            structure = read_structure(self.model, arguments, {})
-            self._structures[known_for] = structure.summing(structure.finite)
-        return self._structures[known_for]
 
     def _state(self, proposal):
         parts = {of: part for of, part in zip(Proposal._fields, proposal, strict=True) if part is not None}

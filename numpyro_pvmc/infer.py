@@ -304,8 +304,7 @@ class PVMC(SVI):
         check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
         self._check_data(rng_key, arguments, params)
-        sample_shape = tuple(sample_shape)
-        choices = {"sample_shape": sample_shape, "refine": refine, "resample": resample}
+        choices = {"sample_shape": tuple(sample_shape), "refine": refine, "resample": resample}
         samples, number = self._compiled_sample(rng_key, params, arguments, temper, **choices)
         if resample and not is_traced(number):
             warn_of_few_draws(number, sample_shape)
@@ -331,21 +330,18 @@ class PVMC(SVI):
 
     def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
         """Let NumPyro look at program, guide and data as they are: an autoguide sets itself up by real numbers."""
-        params = init_params or {}
         try:
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         except Exception:
             # NumPyro runs the model at draws of the guide: see whether the guide is why that failed.
-            check_guide(structure, self.guide, arguments, params)
+            check_guide(structure, self.guide, arguments, init_params or {})
             raise
         self._is_refitted = bool(check_guide(structure, self.guide, arguments, self.get_params(state)).refitted_by)
         return state
 
     def _init(self, rng_key, arguments, init_params):
-        constrain_fn = self.constrain_fn
-        state = SVI.init(self, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
-        self.constrain_fn = constrain_fn  # the one made here may be of traced values
-        return state
+        own = copy.copy(self)  # keeps the attributes that NumPyro sets here, which may be of traced values
+        return SVI.init(own, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
 
     def _update(self, state, arguments, stable):
         update = SVI.stable_update if stable else SVI.update

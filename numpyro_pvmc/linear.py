@@ -20,7 +20,7 @@ from numpyro_pvmc.chain import Chain, presence, read_chain, sites_after_scan, si
 from numpyro_pvmc.dependence import follows_slope, influence
 from numpyro_pvmc.kalman import Matrices, block_diagonal
 from numpyro_pvmc.posterior import tidy, untidy
-from numpyro_pvmc.program import Arguments, Site
+from numpyro_pvmc.program import WRAPPERS, Arguments, Site
 from numpyro_pvmc.structure import Latent, Structure
 
 
@@ -228,7 +228,7 @@ def _law(site: Site, structure: Structure, leading: int = 0) -> Law:
     if site["scale"] is not None:
         raise _refusal(name, "is scaled, by `numpyro.handlers.scale` or a subsampled plate")
     mask = jnp.ones(shape, bool)
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    while isinstance(fn, WRAPPERS):
         if isinstance(fn, dist.MaskedDistribution):
             own = jnp.broadcast_to(fn._mask, fn.batch_shape)
             mask = mask & own.reshape(own.shape + (1,) * fn.event_dim)

@@ -51,7 +51,7 @@ def put_series(proposal: Proposal, part: Proposal, structure: Structure, indices
     """
     if not subsampled(structure):
         return part
-    of_plates = [indices.get(plate.name, jnp.arange(plate.size)) for plate in structure.plates]
+    of_plates = [indices[plate.name] if plate.total != plate.size else jnp.arange(plate.size) for plate in structure.plates]
     return jax.tree.map(lambda x, new: x.at[:, *jnp.ix_(*of_plates)].set(new), proposal, part)
 
 

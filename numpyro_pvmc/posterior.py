@@ -271,7 +271,7 @@ def derived(
     :return: their values, by name.
     """
     found = run(model, arguments, values, rng_key)
-    free = structure.free_sites
+    free = structure.free
     return {name: site["value"] for name, site in found.items() if site["type"] == "deterministic" or name in free}
 
 

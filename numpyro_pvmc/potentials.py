@@ -100,7 +100,7 @@ def propose(
         num_particles,
         particles,
         form.markovian.scan_index if form.markovian else None,
-        structure.free_sites,
+        structure.free,
     )
     reweighted = form.not_reparameterised
     if gradient == "reweighted" or (reweighted and form.markovian):  # the density of a mixture is not one of its sites

@@ -22,6 +22,8 @@ Site = dict[str, Any]
 Sites = dict[str, Site]
 Shapes = dict[str, tuple[int, ...]]
 
+WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+
 
 @jax.tree_util.register_pytree_node_class
 class Arguments:
@@ -326,6 +328,16 @@ def log_prob(site: Site) -> jax.Array:
     """
     log_density = site["fn"].log_prob(site["value"])
     return log_density if site["scale"] is None else site["scale"] * log_density
+
+
+def base_law(fn: dist.Distribution) -> dist.Distribution:
+    """The law inside of those that only expand, mask or regroup the axes of another.
+
+    :param fn: a law.
+    """
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
 
 
 def mask_of(site: Site) -> jax.Array | bool | None:

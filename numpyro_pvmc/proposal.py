@@ -21,7 +21,7 @@ from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
 from numpyro_pvmc.chain import Chain, Presence, read_chain, read_structure
 from numpyro_pvmc.densities import Particles, target
-from numpyro_pvmc.program import Arguments, Scan, is_latent, log_densities, log_prob, run, run_body
+from numpyro_pvmc.program import Arguments, Scan, base_law, is_latent, log_densities, log_prob, run, run_body
 from numpyro_pvmc.semiring import logsumexp
 from numpyro_pvmc.states import number_of_states
 from numpyro_pvmc.structure import Latent, Structure, per_series
@@ -135,7 +135,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     number_of_states(structure)  # or there are too many
     expected = (*structure.sites, *structure.global_sites)
     missing = [name for name in expected if name not in sites]
-    others = {name: site for name, site in sites.items() if name not in (*expected, *structure.free_sites)}
+    others = {name: site for name, site in sites.items() if name not in (*expected, *structure.free)}
     unknown = [name for name, site in others.items() if not site["infer"].get("is_auxiliary")]
     joint = [name for name, site in others.items() if site["infer"].get("is_auxiliary")]
     _check_discrete(structure, missing)
@@ -238,11 +238,13 @@ def refuse_discrete(structure: Structure, model: Callable, guide: Callable) -> N
     is_stock = isinstance(guide, AutoGuide) and type(guide).__module__.startswith("numpyro.")
     if not is_stock or isinstance(guide, AutoGuideList) or guide.model is not model:
         return
-    names, own = list(structure.finite), type(guide).__name__
+    missing = [site.name for site in structure.free_sites if not jnp.issubdtype(site.dtype, jnp.inexact)]
+    names, own = [*structure.finite, *missing], type(guide).__name__
     if names:
         raise ValueError(
             f"Latent sites {names} are discrete, and `{own}` cannot sample them. Hide them from it: "
-            f"`{own}(numpyro.handlers.block(model, hide={names}))`. What the guide leaves out is summed over all its values."
+            f"`{own}(numpyro.handlers.block(model, hide={names}))`. What the guide leaves out is summed over all its values; "
+            "missing observations are imputed."
         )
     _check_discrete(structure, structure.sites)
 
@@ -259,10 +261,7 @@ def _check_discrete(structure, missing):
 
 def _check_guide_site(name, site, latent, steps, joint):
     fn, shape = site["fn"], tuple(site["fn"].shape())
-    base = fn
-    while isinstance(base, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        base = base.base_dist
-    if isinstance(base, dist.Delta):
+    if isinstance(base_law(fn), dist.Delta):
         raise ValueError(
             f"The guide gives site '{name}' a `Delta` law"
             + (f", a part of the joint draw {joint}" if joint else "")

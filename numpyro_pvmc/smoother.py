@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 
-from numpyro_pvmc.chain import minibatch, read_chain, read_structure
+from numpyro_pvmc.chain import draw_minibatch, read_chain, read_structure
 from numpyro_pvmc.coordinates import coordinates_of_model, read_proposal
 from numpyro_pvmc.drawing import draw, sites_to_draw
 from numpyro_pvmc.minibatch import take_series
@@ -49,7 +49,7 @@ def smooth(
     :raises ValueError: if the guide does not fit the chain, or is to be refitted and is not Gaussian.
     """
     structure = read_structure(model, arguments, params)
-    params = params | minibatch(structure, model, arguments, params, rng_key)
+    params = params | draw_minibatch(structure, model, arguments, params, rng_key)
     form = check_guide(structure, guide, arguments, params)
     structure = structure.summing(form.summed)
     for part in form.refitted_by:  # the model's prior at these very parameters, where they lack the guide's state
@@ -65,7 +65,7 @@ def smooth(
 def _refined(rng_key, structure, model, guide, arguments, params, form, loss, refine, temper):
     """Particles of a refitted proposal, drawn after the last round."""
     key_globals, key_rounds, key_last = random.split(rng_key, 3)
-    drawn, ignored = sites_to_draw(structure), structure.free_sites
+    drawn, ignored = sites_to_draw(structure), structure.free
     _, global_values, log_q_globals, mutable = draw(guide, arguments, params, key_globals, drawn, 1, ignored=ignored)
     values = params | mutable | global_values
     chain = read_chain(structure, model, arguments, values)
@@ -103,9 +103,8 @@ def sample(
     :param resample: whether to resample the draws by the importance weights of their global sites.
     :return: ``{site: (*sample_shape, ...)}``, and the effective number of draws of global sites.
     """
-
     structure = read_structure(model, arguments, params)
-    params = params | minibatch(structure, model, arguments, params, rng_key)  # one for all draws
+    params = params | draw_minibatch(structure, model, arguments, params, rng_key)  # one for all draws
 
     def one(rng_key, sample_shape=()):
         posterior_key, sample_key = random.split(rng_key)

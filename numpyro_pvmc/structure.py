@@ -71,7 +71,7 @@ class Structure(NamedTuple):
     initial_factors: tuple[str, ...]
     later_factors: tuple[str, ...]
     global_factors: tuple[str, ...]
-    free_sites: tuple[str, ...] = ()
+    free_sites: tuple[Latent, ...] = ()
     subsampled: tuple[str, ...] = ()
     initial_states: tuple[Latent, ...] = ()
     step_states: tuple[Latent, ...] = ()
@@ -85,6 +85,11 @@ class Structure(NamedTuple):
     def step(self) -> dict[str, Latent]:
         """Latent sites of one step that have particles, by name."""
         return {site.name: site for site in self.step_sites}
+
+    @property
+    def free(self) -> dict[str, Latent]:
+        """Latent sites that nothing else reads, by name."""
+        return {site.name: site for site in self.free_sites}
 
     @property
     def factors(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import random
 
-from numpyro_pvmc.program import Arguments, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
+from numpyro_pvmc.program import Arguments, Scan, Site, Sites, base_law, batch_shapes, is_latent, run, run_body, under_handlers
 
 _KEY = 0  # the seed of abstract runs, whose draws are never used
 
@@ -197,7 +197,7 @@ def _check_form(chain):
                 "every step. Build it once, before the scan, and enter it in the body."
             )
     for name, site in chain.latent.items():
-        if _is_delta(site["fn"]):
+        if isinstance(base_law(site["fn"]), dist.Delta):
             raise ValueError(
                 f"Latent site '{name}' of the scan has a `Delta` law: a step without noise has no density, and no particle "
                 "but its own can be reached. Give every component of the state some noise, or compute it from the state."
@@ -216,11 +216,3 @@ def check_continuous(latent: Sites) -> None:
                 f"Latent site '{name}' is discrete ({type(site['fn']).__name__}), and outside the chain this version handles "
                 "continuous latent sites only. Sum it out of the model, as with `dist.MixtureSameFamily`."
             )
-
-
-def _is_delta(fn):
-    while not isinstance(fn, dist.Delta):
-        if not isinstance(fn, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-            return False
-        fn = fn.base_dist
-    return True

@@ -19,9 +19,10 @@ from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 from autoregressions import SMALL, A, Q, R, initialised, model, simulate, trained
 from models import BY_NAME
 from numpyro_pvmc import PVMC, AutoAmortisedNormal, ImportanceSmoothedELBO
-from numpyro_pvmc.chain import observations, read_chain, read_structure
+from numpyro_pvmc.chain import read_chain, read_structure
 from numpyro_pvmc.coordinates import read_proposal
 from numpyro_pvmc.networks import Convolutions, Recurrent
+from numpyro_pvmc.observed import observations
 from numpyro_pvmc.program import Arguments
 
 

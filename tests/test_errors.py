@@ -325,6 +325,25 @@ def test_guide_laws(law, message):
         initialise(random_walk, guide)
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_automatic_guide_for_missing_counts(after):
+    def model(y, seen):
+        def step(x_prev, now):
+            x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
+            if not after:
+                numpyro.sample("y", dist.Poisson(jnp.exp(x)), obs=now[0], obs_mask=now[1])
+            return x, x
+
+        _, x = scan(step, 0.0, (y, seen))
+        if after:
+            numpyro.sample("y", dist.Poisson(jnp.exp(x)), obs=y, obs_mask=seen)
+
+    arguments = jnp.array([0, 1, 0, 2]), jnp.array([True, False, True, True])
+    with pytest.raises(ValueError, match=r"(?s)\['y_unobserved'\] are discrete.*`AutoNormal`.*block\(model, hide=.*imputed"):
+        initialise(model, None, *arguments)
+    initialise(model, AutoNormal(numpyro.handlers.block(model, hide=["y_unobserved"])), *arguments)
+
+
 @pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoDelta])
 def test_joint_autoguides(guide):
     with pytest.raises(ValueError, match=r"a `Delta` law.*independently at each time"):

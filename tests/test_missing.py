@@ -1,5 +1,7 @@
 """What is observed in part: series of many lengths, holes, imputation, states that are known at some times."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,12 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 from numpyro_pvmc import PVMC
+from numpyro_pvmc.chain import presence, read_chain, read_structure
+from numpyro_pvmc.densities import Particles
+from numpyro_pvmc.potentials import weigh
+from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.proposal import check_guide, proposal_log_densities
+from numpyro_pvmc.smoothing import marginals
 from oracles import log_gaussian
 
 SLOPE, NOISE, SPREAD = 0.8, 0.4, 0.6
@@ -90,21 +98,44 @@ def test_nothing_of_a_ragged_panel_is_nan(number, most):
 
 
 def test_padding_changes_no_bit(x64):
-    """One series, of the same draws, with and without absent steps after it."""
+    """Two series, each against itself without its padding, at the same particles; the tree of `associative` rounds anew."""
+    lengths, y, present, seen = ragged(2, 12)
+    assert sorted(lengths)[0] < sorted(lengths)[1] < 12
+    params, key = {"slope": jnp.asarray(SLOPE), "loc": jnp.asarray(0.3)}, jax.random.key(0)
+
+    @jax.jit
+    def weighed(arguments, particles):
+        structure = read_structure(masked, arguments, params)
+        chain = read_chain(structure, masked, arguments, params)
+        where, form = presence(chain), check_guide(structure, places, arguments, params)
+        log_q = proposal_log_densities(structure, places, arguments, params, key, particles, where, form)
+        potentials = weigh(chain, particles, log_q, where)
+        return marginals(*potentials, "sequential"), marginals(*potentials, "associative")
+
+    x_0, x = jax.random.normal(key, (8, 2)), 0.3 * jnp.nan_to_num(y)[:, None] + jax.random.normal(key, (12, 8, 2))
+    panel = weighed(Arguments((y, present, seen)), Particles({"x_0": x_0}, {"x": x}))
+    for n, length in enumerate(lengths):
+        own = slice(n, n + 1)
+        particles = Particles({"x_0": x_0[:, own]}, {"x": x[:length, :, own]})
+        alone = weighed(Arguments(tuple(data[:length, own] for data in (y, present, seen))), particles)
+        for together, apart, same in zip(panel, alone, (assert_array_equal, partial(assert_allclose, rtol=1e-12)), strict=True):
+            same(together.log_normalizer[n], apart.log_normalizer[0])
+            same(together.log_weights[: length + 1, n], apart.log_weights[:, 0])
+
+
+def test_what_is_in_the_padding_changes_no_bit(x64):
     lengths, y, present, seen = ragged(1, 12, least=7)
     (length,) = lengths
     pvmc = PVMC(masked, places, num_particles=8, particles="iid")
-    long = tuple(map(jnp.asarray, (y, present, seen)))
-    pvmc.init(jax.random.key(0), *long)
-    other = np.where(present, y, 1e30)
+    flags = jnp.asarray(present), jnp.asarray(seen)
     first, second = (
-        pvmc.posterior(jax.random.key(1), {"slope": SLOPE, "loc": 0.3}, jnp.asarray(data), *long[1:]) for data in (y, other)
+        pvmc.posterior(jax.random.key(1), {"slope": SLOPE, "loc": 0.3}, jnp.asarray(data), *flags)
+        for data in (y, np.where(present, y, 1e30))
     )
     assert_array_equal(first.log_normalizer, second.log_normalizer)
     assert_array_equal(first.log_weights["x"], second.log_weights["x"])
-    assert_array_equal(
-        first.log_weights["x"][length:], jnp.broadcast_to(first.log_weights["x"][length - 1], (12 - length, 8, 1))
-    )
+    held = first.log_weights["x"][length - 1]
+    assert_array_equal(first.log_weights["x"][length:], jnp.broadcast_to(held, (12 - length, *held.shape)))
 
 
 Y = np.random.default_rng(1).normal(size=6).cumsum()
