@@ -15,7 +15,8 @@ from jax import random
 from numpyro import validation_enabled
 
 from numpyro_pvmc.dependence import holds, influence
-from numpyro_pvmc.program import Arguments, base_law, is_latent, log_prob, mask_of, run, run_body
+from numpyro_pvmc.laws import base_law, is_bounded
+from numpyro_pvmc.program import Arguments, is_latent, log_prob, mask_of, run, run_body
 from numpyro_pvmc.structure import Latent, Plate, Structure
 from numpyro_pvmc.survey import capture, check_continuous, choose_chain, first, survey
 
@@ -35,7 +36,14 @@ def analyse(model: Callable, arguments: Arguments, values: dict[str, Any]) -> St
     def abstractly(values, arguments):
         found.append(_analyse(model, arguments, values))
 
-    jax.eval_shape(abstractly, values, arguments)
+    try:
+        jax.eval_shape(abstractly, values, arguments)
+    except jax.errors.ConcretizationTypeError as error:
+        raise ValueError(
+            "The program needs the value of an array to go on, in a Python `if`, `float(...)` or `range(...)`: see the line of "
+            "the model in the error above. Inside a step write `jnp.where` or `jax.lax.cond`; numbers that shape the program, "
+            "such as a length, are passed as Python numbers."
+        ) from error
     structure, hold_error = found[0]
     if structure.holding and not _is_hold(structure, model, arguments, values):
         raise ValueError(hold_error)
@@ -101,7 +109,8 @@ def _analyse(model, arguments, values):
 def _latent(site):
     shape = jnp.shape(site["value"])
     border = len(shape) - site["fn"].event_dim
-    return Latent(site["name"], shape[:border], shape[border:], jnp.result_type(site["value"]), _support(site["fn"]))
+    dtype, support = jnp.result_type(site["value"]), _support(site["fn"])
+    return Latent(site["name"], shape[:border], shape[border:], dtype, support, is_bounded(site["fn"]))
 
 
 def _support(fn):

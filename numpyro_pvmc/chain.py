@@ -130,24 +130,6 @@ def read_chain(
     return Chain(structure, model, arguments, values, scan, outside, inputs, dict(gradient_scale))
 
 
-def draw_minibatch(
-    structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], rng_key: jax.Array
-) -> dict[str, jax.Array]:
-    """One draw of the indices of subsampled plates, which all readings of a program must share.
-
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters; indices among them are kept.
-    :param rng_key: random key.
-    :return: ``{plate: indices}``.
-    """
-    if not structure.subsampled:
-        return {}
-    _, sites = capture(model, arguments, values, structure.scan_index, rng_key)
-    return {name: sites[name]["value"] for name in structure.subsampled}
-
-
 def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """The beginning of a chain, for one particle.
 
@@ -312,19 +294,6 @@ def mutable_state(chain: Chain) -> dict[str, Any]:
     :param chain: the chain.
     """
     return {name: site["value"] for name, site in chain.outside.items() if site["type"] == "mutable"}
-
-
-def is_nan(site: Site) -> jax.Array:
-    """Where the value of a site has NaN, and no mask over it.
-
-    :param site: an observed site.
-    """
-    if not jnp.issubdtype(jnp.result_type(site["value"]), jnp.floating):
-        return jnp.zeros((), bool)
-    missing = jnp.isnan(site["value"])
-    missing = missing.any(range(missing.ndim - site["fn"].event_dim, missing.ndim))
-    mask = mask_of(site)
-    return missing if mask is None else missing & mask
 
 
 def unmasked(site: Site, chain: Chain) -> jax.Array:

@@ -20,8 +20,9 @@ from numpyro.handlers import substitute
 
 from numpyro_pvmc.chain import Chain, supports
 from numpyro_pvmc.densities import Particles
+from numpyro_pvmc.laws import WRAPPERS
 from numpyro_pvmc.moments import Moments, dense
-from numpyro_pvmc.program import WRAPPERS, Arguments, log_densities, run
+from numpyro_pvmc.program import Arguments, log_densities, run
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.structure import Latent, Structure, per_series
 

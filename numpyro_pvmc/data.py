@@ -1,4 +1,4 @@
-"""A program, its structure and numbers in; an error out if the numbers are none, or a mask is not padding."""
+"""A program, its structure and numbers in; an error out if the numbers mean nothing, or a mask is not padding."""
 
 import functools
 from collections.abc import Callable
@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
+from numpyro.distributions import constraints
 
-from numpyro_pvmc.chain import at_all_steps, begin, is_nan, presence, read_chain, step, unmasked
-from numpyro_pvmc.program import Arguments, mask_of
+from numpyro_pvmc.chain import at_all_steps, begin, presence, read_chain, step, unmasked
+from numpyro_pvmc.laws import base_support
+from numpyro_pvmc.program import Arguments, log_prob, mask_of
 from numpyro_pvmc.structure import Structure, per_series
+
+_DRAWS = 3  # of the latent sites, to tell what reads them
 
 
 def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
-    """Look at the numbers: refuse data that are not numbers, and masks that are not padding.
+    """Look at the numbers: refuse data that are none or that their laws cannot have, and masks that are not padding.
 
     :param structure: the structure of the program's chain.
     :param model: a NumPyro program.
@@ -23,21 +27,53 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
     :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site and the first time.
     """
-    nan, nan_outside, masks = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
-    for name, count in nan.items():
-        if count.any():
+    seen = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
+    for sites, place in ((seen.in_scan, "time {} of the scan"), (seen.outside, "index {}")):
+        for name, site in sites.items():
+            _check_site(name, site, lambda index, place=place: place.format(index[0] if place.startswith("time") else index))
+    for name, is_nan in seen.not_numbers.items():
+        if is_nan.any():
             raise ValueError(
-                f"The data of site '{name}' contain NaN, first at time {np.argmax(count > 0)} of the scan. Missing values need "
-                "a mask: replace nothing, and put `numpyro.handlers.mask(mask=~jnp.isnan(y_t))` around the site."
+                f"The log density of site '{name}' is not a number, first at time {np.argwhere(is_nan)[0][0]} of the scan, "
+                "whatever the state. Look for NaN, or a negative scale, in what its law reads: the inputs of the scan, other "
+                "arguments of the model, initial values of parameters."
             )
-    for name, missing in nan_outside.items():
-        if missing.any():
-            raise ValueError(
-                f"The data of site '{name}' contain NaN, first at index {tuple(int(i) for i in np.argwhere(missing)[0])}. "
-                "Missing values need a mask: put `numpyro.handlers.mask` around the site."
-            )
-    if masks is not None:
-        _check_masks(structure, masks)
+    if seen.masks is not None:
+        _check_masks(structure, seen.masks)
+
+
+def _check_site(name, site, place):
+    first = lambda where: tuple(int(i) for i in np.argwhere(where)[0])
+    if site.nan.any():
+        raise ValueError(
+            f"The data of site '{name}' contain NaN, first at {place(first(site.nan))}. Missing values need a mask: replace "
+            "nothing, and put `numpyro.handlers.mask(mask=~jnp.isnan(y_t))` around the site."
+        )
+    if site.impossible.any():
+        index = first(site.impossible)
+        raise ValueError(
+            f"The data of site '{name}' contain {site.value[index]}, which its law cannot have, first at {place(index)}. Mend "
+            "the data, or take another law; a missing value needs a mask, not a number that stands for it."
+        )
+
+
+class _Observed(NamedTuple):
+    """The value of a site, and where in its batch a value under no mask is NaN, or none that the law can have."""
+
+    value: jax.Array
+    nan: jax.Array
+    impossible: jax.Array
+
+
+class _Seen(NamedTuple):
+    """What the data are like: sites of the scan, by time; of those, where log densities are no numbers; sites outside; masks by
+    time and series, if latent sites have any.
+    """
+
+    in_scan: dict[str, _Observed]
+    not_numbers: dict[str, jax.Array]
+    outside: dict[str, _Observed]
+    masks: Any
 
 
 class _Masks(NamedTuple):
@@ -74,25 +110,62 @@ def _check_masks(structure, masks):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _look(structure, model, arguments, values):
-    """NaN by site and time; NaN by site outside the scan; masks by time and series, if latent sites have any."""
     chain = read_chain(structure, model, arguments, values)
     plates = [plate.size for plate in structure.plates]
+    latent = {site.name for site in structure.step_latents}
+    densities = (*structure.node_factors, *structure.edge_factors)
 
     def at_step(sites):
         observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
-        nan = {name: is_nan(site).sum() for name, site in observed.items()}
-        return nan, sum((unmasked(site, chain) for site in observed.values()), start=jnp.zeros(plates, jnp.int32))
+        number = sum((unmasked(site, chain) for site in observed.values()), start=jnp.zeros(plates, jnp.int32))
+        supports = {name: jax.tree.map(jnp.asarray, jax.tree.leaves(_support(site))) for name, site in observed.items()}
+        log_densities = {name: log_prob(sites[name]) for name in densities}
+        return {name: _look_at(site) for name, site in observed.items()}, number, supports, log_densities
 
-    nan, observed = at_all_steps(chain, at_step)
+    # Of several draws of the latent sites, to know what does not depend on them.
+    of_draws = [at_all_steps(_drawn(chain, seed), at_step) for seed in range(_DRAWS)]
+    (in_scan, observed, supports, _), *others = of_draws
+    for name, site in in_scan.items():
+        same = [(x == y).all() for other in others for x, y in zip(supports[name], other[2][name], strict=True)]
+        in_scan[name] = site._replace(impossible=functools.reduce(jnp.logical_and, same, site.impossible))
+    not_numbers = {}
+    for name in densities:
+        draws = jnp.stack([log_densities[name] for *_, log_densities in of_draws])
+        not_numbers[name] = ~jnp.isfinite(draws).any(0)
+        if name not in latent:  # one drawn from its own law has a density
+            not_numbers[name] = not_numbers[name] & ~(draws < jnp.inf).all(0)
     outside = (*structure.initial_factors, *structure.later_factors, *structure.global_factors)
-    nan_outside = {name: is_nan(chain.outside[name]) for name in outside}
+    # Those after the scan stand on outputs of zero, and what their supports read of these means nothing.
+    fixed = {name: not jax.tree.leaves(_support(chain.outside[name])) for name in structure.later_factors}
+    outside = {name: _look_at(chain.outside[name], fixed.get(name, True)) for name in outside}
     present = presence(chain)
     if present is None:
-        return nan, nan_outside, None
+        return _Seen(in_scan, not_numbers, outside, None)
     seen_later = [_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors]
     later = sum(seen_later, start=jnp.zeros_like(observed))
-    latent = functools.reduce(jnp.logical_or, present.sites.values())
-    return nan, nan_outside, _Masks(latent, present.steps, observed, later, _reads_latent(chain))
+    anywhere = functools.reduce(jnp.logical_or, present.sites.values())
+    return _Seen(in_scan, not_numbers, outside, _Masks(anywhere, present.steps, observed, later, _reads_latent(chain)))
+
+
+def _drawn(chain, seed):
+    """The chain with other draws of its latent sites."""
+    return chain._replace(scan=chain.scan._replace(rng_key=random.key(seed)))
+
+
+def _support(site):
+    """The support of single numbers of a site, where that can be asked of data without regard to rounding."""
+    support = base_support(site["fn"])
+    return constraints.real if support in (None, constraints.circular) or support.event_dim else support
+
+
+def _look_at(site, with_support=True):
+    fn, border = site["fn"], len(site["fn"].batch_shape)
+    value = jnp.broadcast_to(site["value"], fn.shape())
+    mask = True if mask_of(site) is None else mask_of(site)
+    events = lambda x: x.any(range(border, value.ndim)) & mask
+    nan = jnp.isnan(value) if jnp.issubdtype(value.dtype, jnp.inexact) else jnp.zeros(value.shape, bool)
+    possible = _support(site)(value) if with_support else jnp.isfinite(value)
+    return _Observed(value, events(nan), events(~possible & ~nan))
 
 
 def _reads_latent(chain):
@@ -101,7 +174,7 @@ def _reads_latent(chain):
     after = jax.tree.map(lambda x: jnp.concatenate([x[1:], x[-1:]]), chain.inputs)
 
     def densities(seed):
-        drawn = chain._replace(scan=chain.scan._replace(rng_key=random.key(seed)))
+        drawn = _drawn(chain, seed)
 
         def two_steps(inputs, following):
             now = step(drawn, inputs, state, {})
@@ -109,7 +182,7 @@ def _reads_latent(chain):
 
         return jax.vmap(two_steps)(chain.inputs, after)
 
-    one, *others = [densities(seed) for seed in range(3)]
+    one, *others = [densities(seed) for seed in range(_DRAWS)]
     differs = [(other != one) & ~(jnp.isnan(other) & jnp.isnan(one)) for other in others]
     return functools.reduce(jnp.logical_or, differs)
 

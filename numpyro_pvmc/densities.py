@@ -67,7 +67,8 @@ def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
         inputs, before, latent = inputs
         pair = lambda state, latent: step(chain, inputs, state, latent).edge
         to_all = jax.vmap(pair, in_axes=(None, 0), out_axes=-1)
-        return jax.vmap(to_all, in_axes=(0, None), out_axes=-2)(before, latent)
+        # A chain may have no state: then no leaf says how many particles there are before.
+        return jax.vmap(to_all, in_axes=(0, None), out_axes=-2, axis_size=number)(before, latent)
 
     before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
     return log_p, Edges(edge, (chain.inputs, before, particles.steps))

@@ -33,6 +33,8 @@ def influence(function: Callable[[dict[str, Any]], Any], inputs: dict[str, Any])
 
 
 def _readers(function, inputs, name):
+    if not jax.tree.leaves(inputs[name]):
+        return jax.tree.map(lambda leaf: False, jax.eval_shape(lambda: function(inputs)))
     readers, treedefs = set(), []
 
     def watch(index, leaf):

@@ -11,15 +11,17 @@ from jax import lax
 from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
+from numpyro_pvmc import requests
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.combined import automatic_guide
 from numpyro_pvmc.data import check_data
+from numpyro_pvmc.minibatch import check_indices
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.phases import default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
-from numpyro_pvmc.program import Arguments, is_traced, parameter_names, signature
+from numpyro_pvmc.program import Arguments, is_traced, parameter_names, run, signature
 from numpyro_pvmc.proposal import check_guide, refuse_discrete
-from numpyro_pvmc.smoother import check_refinement, sample, smooth, warn_of_collapse, warn_of_few_draws
+from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
 from numpyro_pvmc.structure import Structure
 from numpyro_pvmc.supervised import SupervisedELBO
 
@@ -98,6 +100,7 @@ class PVMC(SVI):
                 f"{sorted(choices)} are choices of the default loss, and cannot be given beside an explicit `loss`. Give them "
                 "to the loss: `loss=ImportanceSmoothedELBO(...)`."
             )
+        requests.check_programs(model, model if guide is None else guide)
         guide = automatic_guide(model) if guide is None else guide
         super().__init__(model, guide, default_optimiser() if optim is None else optim, loss, **static_kwargs)
         self._known: dict[Any, tuple[Structure, Callable]] = {}
@@ -123,6 +126,7 @@ class PVMC(SVI):
         """
         if not isinstance(self.loss, ImportanceSmoothedELBO):
             return super().init(rng_key, *args, init_params=init_params, **kwargs)
+        requests.check_key(rng_key)
         arguments, params = self._arguments(args, kwargs), init_params or {}
         known_for = signature((rng_key, arguments, params))
         structure, constrain_fn = self._known.get(known_for, (None, None))
@@ -152,14 +156,14 @@ class PVMC(SVI):
         :param forward_mode_differentiation: not available, and refused.
         :return: the new state, and the loss at the old one.
         """
-        _refuse_forward_mode(forward_mode_differentiation)
+        requests.refuse_forward_mode(forward_mode_differentiation)
         return self._compiled_update(svi_state, Arguments(args, kwargs), stable=False)
 
     def stable_update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> tuple[SVIState, jax.Array]:
         """Like :meth:`update`, but keep the old state if the loss or the new state is not finite."""
-        _refuse_forward_mode(forward_mode_differentiation)
+        requests.refuse_forward_mode(forward_mode_differentiation)
         return self._compiled_update(svi_state, Arguments(args, kwargs), stable=True)
 
     def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
@@ -202,9 +206,8 @@ class PVMC(SVI):
             use, and while transitions are tempered that of the tempered chain.
         :raises ValueError: for `num_steps` below 1, or as :meth:`init`.
         """
-        if num_steps < 1:
-            raise ValueError(f"`num_steps` must be a positive integer, but got {num_steps}.")
-        _refuse_forward_mode(forward_mode_differentiation)
+        requests.check_steps(num_steps)
+        requests.refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
         arguments = Arguments(args, kwargs)
         phases, frozen, rounds = [(None, num_steps)], (), None
@@ -269,9 +272,9 @@ class PVMC(SVI):
         :raises ValueError: if `refine` is negative, `temper` is not above 0 and at most 1, the guide is not Gaussian, or the
             data contain NaN.
         """
-        check_refinement(refine, temper)
+        requests.check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
-        self._check_data(rng_key, arguments, params)
+        self._look_first(rng_key, arguments, params)
         posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
         if refine and not is_traced(posterior):
             warn_of_collapse(posterior)
@@ -301,24 +304,30 @@ class PVMC(SVI):
         :param resample: whether to correct the law of the global sites by importance resampling.
         :return: ``{site: (*sample_shape, ...)}``, latent and deterministic sites in the shapes that the model gives them.
         """
-        check_refinement(refine, temper)
+        requests.check_refinement(refine, temper)
+        requests.check_sample_shape(sample_shape)
         arguments = self._arguments(args, kwargs)
-        self._check_data(rng_key, arguments, params)
+        self._look_first(rng_key, arguments, params)
         choices = {"sample_shape": tuple(sample_shape), "refine": refine, "resample": resample}
         samples, number = self._compiled_sample(rng_key, params, arguments, temper, **choices)
         if resample and not is_traced(number):
             warn_of_few_draws(number, sample_shape)
         return samples
 
-    def _check_data(self, rng_key, arguments, params):
-        """Look at the data, unless something is being compiled. Masks do not read parameters: the first ones will do."""
+    def _look_first(self, rng_key, arguments, params):
+        """Look at what is given, unless something is being compiled. Masks do not read parameters: the first ones will do."""
+        requests.check_key(rng_key)
+        requests.check_params(params)
         if is_traced((rng_key, arguments, params)):
             return
         known_for = signature(arguments)
-        if known_for not in self._looked_at:
+        if is_new := known_for not in self._looked_at:
             self._looked_at[known_for] = read_structure(self.model, arguments, params), params
-        structure, params = self._looked_at[known_for]
-        check_data(structure, self.model, arguments, params)
+        structure, first_params = self._looked_at[known_for]
+        check_indices(structure, params)
+        check_data(structure, self.model, arguments, first_params)
+        if is_new and not self._known:
+            run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
 
     def _arguments(self, args, kwargs):
         return Arguments(args, kwargs | self.static_kwargs)
@@ -375,21 +384,13 @@ class PVMC(SVI):
         return smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
 
     def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
-        parts = rng_key, self.model, self.guide, arguments, params, self._lattice_loss()
-        return sample(*parts, refine, temper, sample_shape, resample)
+        parts = self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper, sample_shape, resample
+        return sample(rng_key, *parts)
 
     def _lattice_loss(self):
         if isinstance(self.loss, ImportanceSmoothedELBO):
             return self.loss
         raise TypeError(f"The posterior needs the loss `ImportanceSmoothedELBO`, but here it is {type(self.loss).__name__}.")
-
-
-def _refuse_forward_mode(asked):
-    if asked:
-        raise ValueError(
-            "`forward_mode_differentiation=True` is not available: the doubly reparameterised gradient is a rule for "
-            "reverse-mode differentiation. Leave it out."
-        )
 
 
 def _report(loss, num_particles, losses):

@@ -1,15 +1,18 @@
-"""Gaussians of all series in, those of a minibatch out, and back."""
+"""A minibatch of series: which ones they are; Gaussians of all series in, those of the minibatch out, and back."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 
 from numpyro_pvmc.coordinates import Block, Coordinates, Proposal
+from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.structure import Plate, Structure
+from numpyro_pvmc.survey import capture
 
 
 def subsampled(structure: Structure) -> tuple[Plate, ...]:
@@ -18,6 +21,40 @@ def subsampled(structure: Structure) -> tuple[Plate, ...]:
     :param structure: the structure of the chain.
     """
     return tuple(plate for plate in structure.plates if plate.total != plate.size)
+
+
+def draw_indices(
+    structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], rng_key: jax.Array
+) -> dict[str, jax.Array]:
+    """One draw of the indices of subsampled plates, which all readings of a program must share.
+
+    :param structure: the structure of the program's chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters; indices among them are kept.
+    :param rng_key: random key.
+    :return: ``{plate: indices}``.
+    """
+    if not structure.subsampled:
+        return {}
+    _, sites = capture(model, arguments, values, structure.scan_index, rng_key)
+    return {name: sites[name]["value"] for name in structure.subsampled}
+
+
+def check_indices(structure: Structure, values: Mapping[str, Any]) -> None:
+    """Refuse indices of series that do not exist.
+
+    :param structure: the structure of the chain.
+    :param values: values of parameters, not traced; indices among them.
+    :raises ValueError: naming the plate.
+    """
+    for plate in subsampled(structure):
+        given = np.asarray(values.get(plate.name, 0))
+        if not ((given >= 0) & (given < plate.total)).all():
+            raise ValueError(
+                f"The indices given for the plate '{plate.name}' must be from 0 to {plate.total - 1}, the number of its series "
+                f"less one, but they are from {given.min()} to {given.max()}."
+            )
 
 
 @contextlib.contextmanager

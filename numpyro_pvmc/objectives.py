@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from numpyro.infer import ELBO
 
-from numpyro_pvmc.chain import draw_minibatch, read_structure
+from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.minibatch import draw_indices
 from numpyro_pvmc.potentials import GRADIENTS, Lattice, propose
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.quasirandom import check_particles
@@ -159,7 +160,7 @@ class ImportanceSmoothedELBO(ELBO):
             power, resting = self.warming
             params = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), params)
         structure = read_structure(model, arguments, params)
-        params = params | draw_minibatch(structure, model, arguments, params, rng_key)
+        params = params | draw_indices(structure, model, arguments, params, rng_key)
         lattice = propose(
             rng_key,
             structure,

@@ -18,11 +18,11 @@ from numpyro.handlers import block, condition, seed, substitute, trace
 from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 
+from numpyro_pvmc.laws import base_law
+
 Site = dict[str, Any]
 Sites = dict[str, Site]
 Shapes = dict[str, tuple[int, ...]]
-
-WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -42,7 +42,7 @@ class Arguments:
 
     def tree_flatten(self):
         leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
-        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+        is_array = tuple(map(_is_array_of_numbers, leaves))
         static = tuple(None if array else _hashable(leaf) for leaf, array in zip(leaves, is_array, strict=True))
         arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
         return arrays, (treedef, is_array, static)
@@ -74,10 +74,14 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
+def _is_array_of_numbers(leaf):
+    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV")
+
+
 def _hashable(leaf):
     if not isinstance(leaf, Hashable) or (hasattr(leaf, "__array__") and not isinstance(leaf, np.generic)):
         raise TypeError(
-            f"Arguments of the model and the guide must be arrays, or hashable Python values, but got a "
+            f"Arguments of the model and the guide must be arrays of numbers, or hashable Python values, but got a "
             f"{type(leaf).__module__}.{type(leaf).__qualname__}. Convert data with `jax.numpy.asarray`."
         )
     return leaf
@@ -185,6 +189,18 @@ class _AtScan(Messenger):
                 )
             around[name] = msg
 
+    def postprocess_message(self, msg):
+        if msg["type"] == "plate":
+            (total, size), given = msg["args"], msg["value"]
+            size = total if size is None else size
+            if size > total:
+                raise ValueError(f"The plate '{msg['name']}' has {total} elements, fewer than its `subsample_size={size}`.")
+            if jnp.shape(given) != (size,) or not jnp.issubdtype(jnp.result_type(given), jnp.integer):
+                raise ValueError(
+                    f"The indices given for the plate '{msg['name']}' have the shape {jnp.shape(given)} and the type "
+                    f"{jnp.result_type(given)}, but its minibatch is of {size} series: give as many integers."
+                )
+
 
 def _probe(name, shape, around):
     return {
@@ -261,8 +277,14 @@ def run_body(scan: Scan, t: Any, carry: Any, x: Any, values: dict[str, Any], len
             body = condition(body, condition_fn=given_here)
         elif kind == "substitute":
             body = substitute(body, substitute_fn=given_here)
-    with block(), trace() as sites, substitute(data=values), _NoScan():
-        carry, output = body(carry, x)
+    with block(), trace() as sites, substitute(data=values), _InBody():
+        result = body(carry, x)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            f"The step function of a `scan` must return two things, the new carry and an output, but it returned a "
+            f"{type(result).__name__}. Write `return x, x`, or `return x, None`."
+        )
+    carry, output = result
     return carry, output, under_handlers(sites, scan, t)
 
 
@@ -294,8 +316,13 @@ def batch_shapes(sites: Sites, length: int) -> Shapes:
     return {name: (length, *site["fn"].batch_shape) for name, site in sites.items() if site["type"] == "sample"}
 
 
-class _NoScan(Messenger):
+class _InBody(Messenger):
     def process_message(self, msg):
+        if msg["type"] == "sample" and msg["value"] is None and isinstance(base_law(msg["fn"]), dist.ImproperUniform):
+            raise ValueError(
+                f"Latent site '{msg['name']}' of the scan has an `ImproperUniform` law, of which nothing can be drawn. Give it "
+                "a proper one, such as a wide Normal."
+            )
         if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
             raise ValueError(
                 "The body of the chain's `scan` contains another NumPyro `scan`: a nested scan is not a Markov chain in one "
@@ -328,16 +355,6 @@ def log_prob(site: Site) -> jax.Array:
     """
     log_density = site["fn"].log_prob(site["value"])
     return log_density if site["scale"] is None else site["scale"] * log_density
-
-
-def base_law(fn: dist.Distribution) -> dist.Distribution:
-    """The law inside of those that only expand, mask or regroup the axes of another.
-
-    :param fn: a law.
-    """
-    while isinstance(fn, WRAPPERS):
-        fn = fn.base_dist
-    return fn
 
 
 def mask_of(site: Site) -> jax.Array | bool | None:

@@ -21,7 +21,8 @@ from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
 from numpyro_pvmc.chain import Chain, Presence, read_chain, read_structure
 from numpyro_pvmc.densities import Particles, target
-from numpyro_pvmc.program import Arguments, Scan, base_law, is_latent, log_densities, log_prob, run, run_body
+from numpyro_pvmc.laws import base_law, is_bounded
+from numpyro_pvmc.program import Arguments, Scan, is_latent, log_densities, log_prob, run, run_body
 from numpyro_pvmc.semiring import logsumexp
 from numpyro_pvmc.states import number_of_states
 from numpyro_pvmc.structure import Latent, Structure, per_series
@@ -272,6 +273,19 @@ def _check_guide_site(name, site, latent, steps, joint):
         what = f"a leading time axis of {steps[0]} and then the shape of one step, {latent.shape}" if steps else "the shape"
         raise ValueError(
             f"The guide samples site '{name}' with shape {shape}, but the model needs {what}: {(*steps, *latent.shape)}."
+        )
+    discrete, of_guide = (not jnp.issubdtype(dtype, jnp.inexact) for dtype in (latent.dtype, jnp.result_type(site["value"])))
+    if discrete != of_guide:
+        kinds = {True: "discrete", False: "continuous"}
+        raise ValueError(
+            f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, is {kinds[of_guide]}, and the model's is "
+            f"{kinds[discrete]}: give it one on the same values."
+        )
+    if latent.is_bounded and not is_bounded(fn):
+        raise ValueError(
+            f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, has all real numbers, and the model's not: "
+            "some particles would have no density. Give the guide a law on the same values, such as a `LogNormal` for positive "
+            "ones, or a Normal transformed: `dist.TransformedDistribution(normal, dist.biject_to(support))`."
         )
     if steps and len(fn.batch_shape) < 1:
         raise ValueError(

@@ -18,10 +18,11 @@ from jax import random
 from jax.scipy.special import ndtri
 from scipy.stats import qmc
 
+from numpyro_pvmc.laws import WRAPPERS
+
 PARTICLES = ("rqmc", "iid")
 
 _BITS = 32
-_WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 # Their quantile functions come from another package, and have no gradient.
 _NO_QUANTILES = (dist.Beta, dist.Gamma, dist.StudentT, dist.DiscreteUniform)
 
@@ -78,7 +79,7 @@ def from_uniform(fn: dist.Distribution, uniform: jax.Array) -> jax.Array:
     :param uniform: numbers between 0 and 1 of that shape.
     :return: a draw, differentiable with respect to the parameters of the law if it is continuous.
     """
-    if isinstance(fn, _WRAPPERS):
+    if isinstance(fn, WRAPPERS):
         return from_uniform(fn.base_dist, uniform)
     if isinstance(fn, dist.TransformedDistribution):
         value = from_uniform(fn.base_dist, uniform)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 
-from numpyro_pvmc.chain import draw_minibatch, read_chain, read_structure
+from numpyro_pvmc.chain import read_chain, read_structure
 from numpyro_pvmc.coordinates import coordinates_of_model, read_proposal
 from numpyro_pvmc.drawing import draw, sites_to_draw
-from numpyro_pvmc.minibatch import take_series
+from numpyro_pvmc.minibatch import draw_indices, take_series
 from numpyro_pvmc.moments import diagonal, effective_size
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
@@ -49,7 +49,7 @@ def smooth(
     :raises ValueError: if the guide does not fit the chain, or is to be refitted and is not Gaussian.
     """
     structure = read_structure(model, arguments, params)
-    params = params | draw_minibatch(structure, model, arguments, params, rng_key)
+    params = params | draw_indices(structure, model, arguments, params, rng_key)
     form = check_guide(structure, guide, arguments, params)
     structure = structure.summing(form.summed)
     for part in form.refitted_by:  # the model's prior at these very parameters, where they lack the guide's state
@@ -104,7 +104,7 @@ def sample(
     :return: ``{site: (*sample_shape, ...)}``, and the effective number of draws of global sites.
     """
     structure = read_structure(model, arguments, params)
-    params = params | draw_minibatch(structure, model, arguments, params, rng_key)  # one for all draws
+    params = params | draw_indices(structure, model, arguments, params, rng_key)  # one for all draws
 
     def one(rng_key, sample_shape=()):
         posterior_key, sample_key = random.split(rng_key)
@@ -132,21 +132,6 @@ def _systematic(rng_key, weights):
     points = (random.uniform(key_start) + jnp.arange(number)) / number
     chosen = jnp.searchsorted(jnp.cumsum(weights), points)
     return random.permutation(key_order, jnp.minimum(chosen, number - 1))
-
-
-def check_refinement(refine: int, temper: float | jax.Array) -> None:
-    """Refuse a number of rounds, or a power, that means nothing.
-
-    :param refine: number of rounds.
-    :param temper: power of the transition densities in the first of them.
-    :raises ValueError: naming what is wrong.
-    """
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
-        raise ValueError(f"`refine` must be a number of rounds, an integer of at least 0, but got {refine!r}.")
-    if not isinstance(temper, jax.core.Tracer) and not 0 < temper <= 1:
-        raise ValueError(f"`temper` must be above 0 and at most 1, but got {temper}.")
-    if not refine and not isinstance(temper, jax.core.Tracer) and temper != 1:
-        raise ValueError(f"`temper={temper}` tempers the rounds of `refine`, but there are none. Give `refine=` too.")
 
 
 def warn_of_few_draws(number: float, sample_shape: tuple[int, ...]) -> None:

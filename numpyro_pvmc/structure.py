@@ -25,7 +25,8 @@ class Plate(NamedTuple):
 class Latent(NamedTuple):
     """One draw of a latent site: its shapes left and right of the border between batch and event axes.
 
-    `support` are the values of one of its elements, if it is discrete and they are finitely many.
+    `support` are the values of one of its elements, if it is discrete and they are finitely many. `is_bounded` says that its
+    law does not have all real numbers.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Latent(NamedTuple):
     event_shape: tuple[int, ...]
     dtype: Any
     support: tuple[int, ...] | None = None
+    is_bounded: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import random
 
-from numpyro_pvmc.program import Arguments, Scan, Site, Sites, base_law, batch_shapes, is_latent, run, run_body, under_handlers
+from numpyro_pvmc.laws import base_law
+from numpyro_pvmc.program import Arguments, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
 
 _KEY = 0  # the seed of abstract runs, whose draws are never used
 
@@ -134,7 +135,10 @@ def length_of(scan: Scan) -> int:
     :param scan: a scan.
     :raises ValueError: if its inputs and its `length` disagree, or there are no steps.
     """
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in map(jnp.asarray, jax.tree.leaves(scan.xs))}
+    leaves = jax.tree.leaves(scan.xs)
+    if strange := [type(leaf).__name__ for leaf in leaves if not _is_array(leaf)]:
+        raise ValueError(f"The inputs of `scan` must be arrays of numbers, but among them is a {strange[0]}.")
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in map(jnp.asarray, leaves)}
     lengths |= set() if scan.length is None else {scan.length}
     if len(lengths) != 1 or not min(lengths):
         raise ValueError(
@@ -142,6 +146,14 @@ def length_of(scan: Scan) -> int:
             f"are {sorted(lengths)}. Pass arrays of the same length, or `length=` alone."
         )
     return lengths.pop()
+
+
+def _is_array(leaf):
+    try:
+        jnp.asarray(leaf)
+    except TypeError:
+        return False
+    return True
 
 
 def _stacked_zeros(one, length):
@@ -160,6 +172,10 @@ def _check_carry_shapes(old, new):
 def _check_observation(site: Site) -> None:
     if site["type"] != "sample" or not site["is_observed"]:
         return
+    if jnp.iscomplexobj(site["value"]):
+        raise ValueError(
+            f"Site '{site['name']}' is observed with complex numbers, of which laws have no density. Pass two sites."
+        )
     value_shape, law_shape = jnp.shape(site["value"]), tuple(site["fn"].shape())
     try:
         # NumPyro broadcasts what is short of axes, but stacked over time more axes than the law's would be other axes.

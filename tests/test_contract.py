@@ -114,7 +114,7 @@ def posterior(entry):
         ours.params,
         present=ours.present,
         states=states,
-        ignore=ours.structure.free_sites,
+        ignore=ours.structure.free,
         scale=ours.structure.scale,
     )
     near = {"rtol": 1e-8, "atol": 1e-8}

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
@@ -222,6 +223,40 @@ def lengths_differ(y):
     scan(walk, 0.0, y, length=T + 1)
 
 
+def python_if(y):
+    def step(x_prev, y_t):
+        x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
+        return (x if x > 0 else x_prev), x
+
+    scan(step, 0.0, y)
+
+
+def without_output(y):
+    scan(lambda x_prev, y_t: numpyro.sample("x", dist.Normal(x_prev, 1.0)), 0.0, y)
+
+
+def improper(y):
+    scan(lambda x_prev, y_t: (numpyro.sample("x", dist.ImproperUniform(dist.constraints.real, (), ())), y_t), 0.0, y)
+
+
+def too_small_a_plate(y):
+    with numpyro.plate("series", 2, subsample_size=5):
+        x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+    scan(walk, x_0, y)
+
+
+def inputs_of_words(y):
+    scan(walk, 0.0, (y, "weekly"))
+
+
+def not_a_covariance(y):
+    def step(x_prev, y_t):
+        x = numpyro.sample("x", dist.MultivariateNormal(x_prev, jnp.zeros((2, 2)) * y_t))
+        return x, x
+
+    scan(step, jnp.zeros(2), y)
+
+
 PROGRAMS = [
     (two_scans, r"2 scans with latent sites: \['z'\] and \['x'\].*markov"),
     (no_scan, "no `numpyro.contrib.control_flow.scan` with latent sites.*scan"),
@@ -244,6 +279,11 @@ PROGRAMS = [
     (scope_around, "`scope` handler around.*'x' to 'weekly/x'.*whole model"),
     (changing_carry, r"starts with shapes \[\(\)\] and the step returns \[\(3,\)\]"),
     (lengths_differ, r"one leading time axis.*\[4, 5\]"),
+    (python_if, "Python `if`.*Inside a step write `jnp.where`"),
+    (improper, "'x' of the scan has an `ImproperUniform` law.*proper one"),
+    (too_small_a_plate, "'series' has 2 elements, fewer than its `subsample_size=5`"),
+    (inputs_of_words, "inputs of `scan` must be arrays of numbers, but among them is a str"),
+    (not_a_covariance, "log density of site 'x' is not a number, first at time 0"),
 ]
 
 
@@ -258,6 +298,11 @@ def test_programs_under_stock_svi(model, message):
     loss = ImportanceSmoothedELBO(4)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         jax.jit(lambda y: loss.loss(jax.random.key(0), {}, model, fitting_guide, y))(Y)
+
+
+def test_step_without_an_output():
+    with pytest.raises(TypeError, match=r"must return two things.*`return x, x`"):
+        initialise(without_output)
 
 
 def test_python_loop_over_markov():
@@ -323,6 +368,28 @@ def test_guide_laws(law, message):
 
     with pytest.raises(ValueError, match=f"(?s)'x'.*{message}"):
         initialise(random_walk, guide)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_guide", "message"),
+    [
+        (dist.LogNormal(0.0, 1.0), dist.Normal(0.0, 1.0), "a Normal, has all real numbers.*`LogNormal`"),
+        (dist.Uniform(0.0, 1.0), dist.StudentT(3.0), "a StudentT, has all real numbers"),
+        (dist.Dirichlet(jnp.ones(2)), dist.Normal(0.0, jnp.ones(2)).to_event(1), "has all real numbers"),
+        (dist.Poisson(1.0), dist.Normal(0.0, 1.0), "a Normal, is continuous, and the model's is discrete"),
+        (dist.Normal(0.0, 1.0), dist.Poisson(1.0), "a Poisson, is discrete, and the model's is continuous"),
+    ],
+    ids=["positive", "interval", "simplex", "counts", "number"],
+)
+def test_guide_whose_law_has_other_values(of_model, of_guide, message):
+    def model(y):
+        scan(lambda _, y_t: (numpyro.sample("x", of_model), None), jnp.zeros(of_model.shape()), y)
+
+    def guide(y):
+        numpyro.sample("x", of_guide.expand((T,)))
+
+    with pytest.raises(ValueError, match=f"(?s)law of site 'x'.*{message}"):
+        initialise(model, guide)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -461,6 +528,93 @@ def test_observation_of_the_wrong_shape():
         initialise(model, None, jnp.zeros((T, 3)))
 
 
+def emitting(law):
+    def model(y):
+        def step(x_prev, y_t):
+            x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
+            numpyro.sample("y", law(x), obs=y_t)
+            return x, x
+
+        scan(step, 0.0, y)
+
+    return model
+
+
+IMPOSSIBLE = {
+    "infinite": (lambda x: dist.Normal(x, 1.0), jnp.inf),
+    "counts": (lambda x: dist.Poisson(jnp.exp(x)), -1.0),
+    "fractions": (lambda x: dist.Poisson(jnp.exp(x)), 1.5),
+    "two_of_two": (lambda x: dist.Bernoulli(logits=x), 2.0),
+    "too_many": (lambda x: dist.Binomial(3, logits=x), 5.0),
+    "positive": (lambda x: dist.LogNormal(x, 1.0), 0.0),
+    "interval": (lambda x: dist.Beta(jnp.exp(x), 2.0), 1.5),
+    "vector": (lambda x: dist.Normal(x, jnp.ones(2)).to_event(1), -jnp.inf),
+}
+
+
+@pytest.mark.parametrize(("law", "value"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_data_that_their_law_cannot_have(law, value):
+    y = jnp.full((T, *law(0.0).event_shape), 0.5 if law(0.0).support is dist.constraints.unit_interval else 1.0)
+    with pytest.raises(ValueError, match=f"(?s)'y' contain .*{value}.*, which its law cannot have, first at time 2 .*mask"):
+        initialise(emitting(law), None, y.at[2].set(value))
+    initialise(emitting(law), None, y)
+
+
+def test_data_outside_of_a_support_that_moves_are_not_refused():
+    initialise(emitting(lambda x: dist.Uniform(x - 1.0, x + 1.0)), None, 30.0 + Y)
+
+
+def test_inputs_that_are_nan():
+    def model(y, z):
+        def step(x_prev, now):
+            x = numpyro.sample("x", dist.Normal(x_prev + now[1], 1.0))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=now[0])
+            return x, x
+
+        scan(step, 0.0, (y, z))
+
+    with pytest.raises(ValueError, match=r"log density of site 'x' is not a number, first at time 3.*inputs of the scan"):
+        initialise(model, None, Y, Y.at[3].set(jnp.nan))
+
+
+def test_data_that_are_complex():
+    with pytest.raises(ValueError, match="'y' is observed with complex numbers"):
+        initialise(random_walk, None, Y + 1j)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (jnp.arange(3), r"plate 'series' have the shape \(3,\).*minibatch is of 2 series"),
+        (jnp.array([0.0, 1.0]), "the type float32.*give as many integers"),
+        (jnp.array([1, 5]), "must be from 0 to 4.*from 1 to 5"),
+    ],
+)
+def test_indices_of_series(indices, message):
+    def model(y):
+        series = numpyro.plate("series", 5, subsample_size=2)
+        with series as own:
+            x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+
+        def step(x_prev, y_t):
+            with series:
+                x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
+                numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+            return x, x
+
+        scan(step, x_0, y[:, own])
+
+    pvmc = PVMC(model, num_particles=4)
+    with pytest.raises(ValueError, match=message):
+        pvmc.posterior(jax.random.key(0), {"series": indices}, jnp.zeros((T, 5)))
+
+
+@pytest.mark.parametrize("words", ["daily", [1.0, None]])
+def test_data_that_are_no_numbers(words):
+    with pytest.raises((TypeError, ValueError), match="arrays of numbers"):
+        initialise(random_walk, None, np.array(words, object))
+
+
 def test_data_that_are_not_arrays():
     class Table:
         __array__ = None
@@ -470,6 +624,33 @@ def test_data_that_are_not_arrays():
 
 
 # --- choices
+
+
+@pytest.mark.parametrize(
+    ("programs", "message"),
+    [
+        ((None, fitting_guide), "`model` must be a NumPyro program, a function, but got a NoneType"),
+        ((random_walk, "AutoNormal"), "`guide` must be a NumPyro program, a function, but got a str"),
+        ((random_walk, AutoNormal), r"`guide` is the class `AutoNormal`. Make one: `AutoNormal\(model\)`"),
+    ],
+)
+def test_programs_that_are_none(programs, message):
+    with pytest.raises(TypeError, match=message):
+        PVMC(*programs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "choices", "message"),
+    [
+        ((0, {}, Y), {}, "`rng_key` must be a random key.*got a int"),
+        ((jax.random.key(0), None, Y), {}, "`params` must be a dictionary.*`result.params`.*got a NoneType"),
+        ((jax.random.key(0), {}, Y), {"sample_shape": 5}, r"`sample_shape` must be a tuple of integers, such as `\(100,\)`"),
+        ((jax.random.key(0), {}, Y), {"sample_shape": (2.5,)}, r"`sample_shape`.*but got \(2.5,\)"),
+    ],
+)
+def test_what_is_asked_of_the_posterior(arguments, choices, message):
+    with pytest.raises(TypeError, match=message):
+        PVMC(random_walk, fitting_guide).sample_posterior(*arguments, **choices)
 
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, True])
@@ -509,9 +690,10 @@ def test_forward_mode():
         pvmc.run(jax.random.key(0), 1, Y, forward_mode_differentiation=True)
 
 
-def test_number_of_steps():
+@pytest.mark.parametrize("number", [0, 2.5, True])
+def test_number_of_steps(number):
     with pytest.raises(ValueError, match="`num_steps` must be a positive integer"):
-        PVMC(random_walk, fitting_guide).run(jax.random.key(0), 0, Y)
+        PVMC(random_walk, fitting_guide).run(jax.random.key(0), number, Y)
 
 
 def test_quantile_outside_the_unit_interval():

@@ -73,7 +73,7 @@ def check_draws(program, posterior, exact, params):
         sites = trace(seed(substitute(program.model, data={**params, **sample}), 0)).get_trace(*program.args, **program.kwargs)
         return {name: site["value"] for name, site in sites.items() if site["type"] == "deterministic"}
 
-    free = posterior.structure.free_sites
+    free = posterior.structure.free
     latent = {name: samples[name][:20] for name in (*exact.values, *posterior.globals, *free)}
     expected = jax.jit(jax.vmap(deterministic))(latent)
     assert set(samples) == {*latent, *expected}
@@ -114,7 +114,7 @@ def check_posterior(program, posterior, params):
         params,
         present=program.present,
         states=program.states,
-        ignore=(*program.ignore, *posterior.structure.free_sites),
+        ignore=(*program.ignore, *posterior.structure.free),
     )
     check_weights(program, posterior, exact)
     check_draws(program, posterior, exact, params)

@@ -1,0 +1,35 @@
+"""A law in, what it is inside of its wrappers out."""
+
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+
+WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+
+
+def base_law(fn: dist.Distribution) -> dist.Distribution:
+    """The law inside of those that only expand, mask or regroup the axes of another.
+
+    :param fn: a law.
+    """
+    while isinstance(fn, WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def base_support(fn: dist.Distribution) -> constraints.Constraint | None:
+    """The constraint on single draws of a law, if there is one that its own parameters tell.
+
+    :param fn: a law.
+    """
+    support = base_law(fn).support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return None if constraints.is_dependent(support) else support
+
+
+def is_bounded(fn: dist.Distribution) -> bool:
+    """Whether a law does not have all real numbers; angles count as if they had.
+
+    :param fn: a law.
+    """
+    return base_support(fn) not in (None, constraints.real, constraints.circular)
