@@ -10,8 +10,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.contrib.control_flow import scan
+from numpyro.contrib.module import nnx_module
 from numpyro.infer import Predictive
 
 from models import BY_NAME
@@ -272,3 +274,35 @@ def test_arviz_counts_time_from_zero_and_checks_its_length():
     assert_array_equal(data["posterior"]["time"], range(4))
     with pytest.raises(ValueError, match=r"`time` must have shape \(4,\), but it has shape \(3,\)"):
         smoothed("autoregression_4").to_arviz(time=range(3))
+
+
+@pytest.mark.slow
+def test_mutable_state_of_the_model_survives():
+    """A batch normalisation of the inputs: it learns their moments while training, and keeps them afterwards."""
+
+    def model(y, u, training=True):
+        norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0), use_running_average=not training, momentum=0.5)
+        inputs = nnx_module("norm", norm)(u)
+
+        def step(x_prev, now):
+            x = numpyro.sample("x", dist.Normal(0.9 * x_prev + now[1].sum(), 0.5))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=now[0])
+            return x, x
+
+        scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), (y, inputs))
+
+    u = 3.0 + 2.0 * jax.random.normal(jax.random.key(0), (30, 2))
+    y = jnp.sin(jnp.arange(30.0))
+    pvmc = PVMC(model, num_particles=8)
+    params = pvmc.run(jax.random.key(1), 30, y, u, progress_bar=False).params
+    learned = params["norm$state"]["state"]
+    assert_allclose(learned["mean"], u.mean(0), rtol=1e-4)
+    assert_allclose(learned["var"], u.var(0), rtol=1e-4)
+    own, batch = (pvmc.posterior(jax.random.key(2), params, y, u, training) for training in (False, True))
+    assert_allclose(own.log_normalizer, batch.log_normalizer, rtol=1e-4)
+    assert_allclose(own.params["norm$state"]["state"]["mean"], learned["mean"])
+    # The state is what counts when nothing is learned any more: other inputs are read in the old units.
+    moved = pvmc.posterior(jax.random.key(2), params, y, u + 10.0, False)
+    assert moved.log_normalizer < own.log_normalizer - 10
+    samples = pvmc.sample_posterior(jax.random.key(3), params, y, u, False, sample_shape=(3,))
+    assert samples["x"].shape == (3, 30)
