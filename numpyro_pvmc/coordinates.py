@@ -244,7 +244,7 @@ def _flat(block, unconstrained):
 
 def _native(block, flat):
     leading = flat.ndim - 1 - len(block.plates)
-    moved = flat.reshape(*flat.shape[:leading], *(block.shape[axis] for axis in block.order))
+    moved = flat.reshape((*flat.shape[:leading], *(block.shape[axis] for axis in block.order)))
     back = sorted(range(len(block.order)), key=block.order.__getitem__)
     return moved.transpose((*range(leading), *(leading + axis for axis in back)))
 

@@ -366,7 +366,7 @@ ENTRIES = (
         name="missing_by_obs_mask",
         about="missing observations by `obs_mask=`",
         model=missing_by_obs_mask,
-        data_site="y_observed",
+        imputed=True,
         spoil=with_holes,
         truth={"scale": 0.3},
         wrong=Wrong(r"site 'x' with shape \(25,\).*leading time axis of 24", guide=lambda model: one_step_too_long),

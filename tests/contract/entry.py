@@ -22,7 +22,8 @@ class Wrong(NamedTuple):
 class Entry(NamedTuple):
     """A program `model(y=None, *inputs, T=None)`, and what it takes to ask things of it.
 
-    `observed` is what forecasts are of; the data are at `data_site`. `guide` makes a guide of the model; None: the default one.
+    `observed` is what forecasts are of; it is `imputed` where the data, at a site of their own, have gaps. `guide` makes a guide
+    of the model; None: the default one.
     `inputs(T)` are the known inputs of T steps, which `model` takes after the data. Data are drawn from the program at the
     parameters `truth` and passed through `spoil`, or are real, `data()`; they have `rows` rows before that of the first step.
     `plates` are those around the chain, with their sizes; `states` are the discrete sites that the guide leaves out, with their
@@ -35,7 +36,7 @@ class Entry(NamedTuple):
     model: Callable
     wrong: Wrong
     observed: str = "y"
-    data_site: str = "y"
+    imputed: bool = False
     guide: Callable | None = None
     inputs: Callable[[int], tuple] = lambda T: ()
     truth: Mapping[str, Any] = MappingProxyType({})
@@ -52,6 +53,10 @@ class Entry(NamedTuple):
 
     def __repr__(self):
         return self.name
+
+    @property
+    def data_site(self):
+        return f"{self.observed}_observed" if self.imputed else self.observed
 
     def args(self, length=None):
         """The data and the inputs of the first `length` steps, of all by default."""
