@@ -87,6 +87,8 @@ class AutoAmortisedNormal(AutoGuide):
         (30, 2)
     """
 
+    sets_up_by_shapes = True  # and so inside of a compiled function
+
     def __init__(self, model: Callable, network: Any, *, features: Callable | None = None, prefix: str = "auto"):
         if not callable(network):
             raise TypeError(

@@ -75,6 +75,11 @@ class AutoStateSpace(AutoGuide):
         self._structures = Structures(model)
         self._names: tuple[str, ...] = ()
 
+    @property
+    def sets_up_by_shapes(self) -> bool:
+        """Whether the guide of the states can be set up inside of a compiled function."""
+        return getattr(self.states, "sets_up_by_shapes", False)
+
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         structure = self._structures(Arguments(args, kwargs))
         values = {}

@@ -10,12 +10,41 @@ import numpy as np
 from jax import random
 from numpyro.distributions import constraints
 
-from numpyro_pvmc.chain import at_all_steps, begin, presence, read_chain, step, unmasked
+from numpyro_pvmc.chain import at_all_steps, begin, presence, read_chain, read_structure, step, unmasked
 from numpyro_pvmc.laws import base_support
-from numpyro_pvmc.program import Arguments, log_prob, mask_of
+from numpyro_pvmc.program import Arguments, log_prob, mask_of, signature
 from numpyro_pvmc.structure import Structure, per_series
 
 _DRAWS = 3  # of the latent sites, to tell what reads them
+
+
+class DataCheck:
+    """Looks at the data of a program, each time with what is known of arguments of these shapes.
+
+    :param model: a NumPyro program.
+    """
+
+    def __init__(self, model: Callable):
+        self.model = model
+        self._known: dict[Any, tuple[Structure, dict[str, Any]]] = {}
+
+    def __call__(
+        self, arguments: Arguments, params: dict[str, Any], structure: Structure | None = None
+    ) -> tuple[Structure, bool]:
+        """Look at data.
+
+        :param arguments: what the program is called with, not traced.
+        :param params: values of parameters. Masks and data do not read them: those given first will do.
+        :param structure: the structure of the program's chain, if it is known.
+        :return: the structure, and whether arguments of these shapes are new.
+        :raises ValueError: as :func:`check_data`.
+        """
+        known_for = signature(arguments)
+        if is_new := known_for not in self._known:
+            self._known[known_for] = structure or read_structure(self.model, arguments, params), params
+        structure, params = self._known[known_for]
+        check_data(structure, self.model, arguments, params)
+        return structure, is_new
 
 
 def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
@@ -123,14 +152,14 @@ def _look(structure, model, arguments, values):
         return {name: _look_at(site) for name, site in observed.items()}, number, supports, log_densities
 
     # Of several draws of the latent sites, to know what does not depend on them.
-    of_draws = [at_all_steps(_drawn(chain, seed), at_step) for seed in range(_DRAWS)]
-    (in_scan, observed, supports, _), *others = of_draws
+    of_draws = jax.vmap(lambda seed: at_all_steps(_drawn(chain, seed), at_step))(jnp.arange(_DRAWS))
+    in_scan, observed = jax.tree.map(lambda x: x[0], of_draws[:2])
+    supports, log_densities = of_draws[2:]
     for name, site in in_scan.items():
-        same = [(x == y).all() for other in others for x, y in zip(supports[name], other[2][name], strict=True)]
-        in_scan[name] = site._replace(impossible=functools.reduce(jnp.logical_and, same, site.impossible))
+        same = functools.reduce(jnp.logical_and, [(x == x[0]).all() for x in supports[name]], True)
+        in_scan[name] = site._replace(impossible=site.impossible & same)
     not_numbers = {}
-    for name in densities:
-        draws = jnp.stack([log_densities[name] for *_, log_densities in of_draws])
+    for name, draws in log_densities.items():
         not_numbers[name] = ~jnp.isfinite(draws).any(0)
         if name not in latent:  # one drawn from its own law has a density
             not_numbers[name] = not_numbers[name] & ~(draws < jnp.inf).all(0)
@@ -182,7 +211,7 @@ def _reads_latent(chain):
 
         return jax.vmap(two_steps)(chain.inputs, after)
 
-    one, *others = [densities(seed) for seed in range(_DRAWS)]
+    one, *others = jax.vmap(densities)(jnp.arange(_DRAWS))
     differs = [(other != one) & ~(jnp.isnan(other) & jnp.isnan(one)) for other in others]
     return functools.reduce(jnp.logical_or, differs)
 

@@ -79,6 +79,8 @@ class AutoSmoothedNormal(AutoGuide):
         True
     """
 
+    sets_up_by_shapes = True  # and so inside of a compiled function
+
     def __init__(
         self,
         model: Callable,

@@ -14,7 +14,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_pvmc import requests
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.combined import automatic_guide
-from numpyro_pvmc.data import check_data
+from numpyro_pvmc.data import DataCheck
 from numpyro_pvmc.minibatch import check_indices
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.phases import default_optimiser, growth, warm_up, warming_power
@@ -104,7 +104,7 @@ class PVMC(SVI):
         guide = automatic_guide(model) if guide is None else guide
         super().__init__(model, guide, default_optimiser() if optim is None else optim, loss, **static_kwargs)
         self._known: dict[Any, tuple[Structure, Callable]] = {}
-        self._looked_at: dict[Any, tuple[Structure, dict[str, Any]]] = {}
+        self._look_at_data = DataCheck(model)
         self._compiled_init = jax.jit(self._init)
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
@@ -135,8 +135,7 @@ class PVMC(SVI):
             structure = read_structure(self.model, arguments, params)
             refuse_discrete(structure, self.model, self.guide)
         if not is_traced((arguments, params)):
-            self._looked_at.setdefault(signature(arguments), (structure, params))
-            check_data(structure, self.model, arguments, params)
+            self._look_at_data(arguments, params, structure)
         if constrain_fn is None:
             state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
             constrain_fn = self.constrain_fn
@@ -315,17 +314,13 @@ class PVMC(SVI):
         return samples
 
     def _look_first(self, rng_key, arguments, params):
-        """Look at what is given, unless something is being compiled. Masks do not read parameters: the first ones will do."""
+        """Look at what is given, unless something is being compiled."""
         requests.check_key(rng_key)
         requests.check_params(params)
         if is_traced((rng_key, arguments, params)):
             return
-        known_for = signature(arguments)
-        if is_new := known_for not in self._looked_at:
-            self._looked_at[known_for] = read_structure(self.model, arguments, params), params
-        structure, first_params = self._looked_at[known_for]
+        structure, is_new = self._look_at_data(arguments, params)
         check_indices(structure, params)
-        check_data(structure, self.model, arguments, first_params)
         if is_new and not self._known:
             run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
 
@@ -338,7 +333,14 @@ class PVMC(SVI):
         return tuple(sorted(of_model - of_guide))
 
     def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
-        """Let NumPyro look at program, guide and data as they are: an autoguide sets itself up by real numbers."""
+        """Let NumPyro look at program, guide and data."""
+        if getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites:
+            self._is_refitted = bool(check_guide(structure, self.guide, arguments, init_params or {}).refitted_by)
+            state = self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
+            self.constrain_fn = self._constrain_fn_of_init
+            if not is_traced(self.constrain_fn.args):
+                return state
+        # As they are: an automatic guide of NumPyro sets itself up by real numbers.
         try:
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         except Exception:
@@ -349,8 +351,10 @@ class PVMC(SVI):
         return state
 
     def _init(self, rng_key, arguments, init_params):
-        own = copy.copy(self)  # keeps the attributes that NumPyro sets here, which may be of traced values
-        return SVI.init(own, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
+        own = copy.copy(self)
+        state = SVI.init(own, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
+        self._constrain_fn_of_init = own.constrain_fn  # which may be of traced values
+        return state
 
     def _update(self, state, arguments, stable):
         update = SVI.stable_update if stable else SVI.update

@@ -22,8 +22,8 @@ class Wrong(NamedTuple):
 class Entry(NamedTuple):
     """A program `model(y=None, *inputs, T=None)`, and what it takes to ask things of it.
 
-    `observed` is what forecasts are of; it is `imputed` where the data, at a site of their own, have gaps. `guide` makes a guide
-    of the model; None: the default one.
+    `observed` is what forecasts are of; it is `imputed` where the data, at a site of their own, have gaps. `guide` makes a
+    guide of the model; None: the default one.
     `inputs(T)` are the known inputs of T steps, which `model` takes after the data. Data are drawn from the program at the
     parameters `truth` and passed through `spoil`, or are real, `data()`; they have `rows` rows before that of the first step.
     `plates` are those around the chain, with their sizes; `states` are the discrete sites that the guide leaves out, with their
