@@ -46,6 +46,17 @@ class DataCheck:
         check_data(structure, self.model, arguments, params)
         return structure, is_new
 
+    def explain_nan(self, results: jax.Array, arguments: Arguments) -> None:
+        """Find out why a result is NaN, if one is.
+
+        :param results: an array, not traced.
+        :param arguments: what the program was called with, not traced.
+        :raises ValueError: naming a site whose law is none.
+        """
+        structure, params = self._known.get(signature(arguments), (None, None))
+        if structure is not None and np.isnan(results).any():
+            _check_densities(_draw(structure, self.model, arguments, params))
+
 
 def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
     """Look at the numbers: refuse data that are none or that their laws cannot have, and masks that are not padding.
@@ -57,33 +68,48 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
     :raises ValueError: naming the site and the first time.
     """
     seen = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
-    for sites, place in ((seen.in_scan, "time {} of the scan"), (seen.outside, "index {}")):
-        for name, site in sites.items():
-            _check_site(name, site, lambda index, place=place: place.format(index[0] if place.startswith("time") else index))
-    for name, is_nan in seen.not_numbers.items():
-        if is_nan.any():
-            raise ValueError(
-                f"The log density of site '{name}' is not a number, first at time {np.argwhere(is_nan)[0][0]} of the scan, "
-                "whatever the state. Look for NaN, or a negative scale, in what its law reads: the inputs of the scan, other "
-                "arguments of the model, initial values of parameters."
-            )
+    drawn = None
+    if _has_nan(arguments) or any(site.impossible.any() for site in seen.in_scan.values()):
+        drawn = _draw(structure, model, arguments, values)
+    for name, site in seen.in_scan.items():
+        _check_site(name, site, "time {0} of the scan", drawn is not None and drawn.supports_move[name])
+    for name, site in seen.outside.items():
+        _check_site(name, site, "index {}")
+    if drawn is not None:
+        _check_densities(drawn)
     if seen.masks is not None:
         _check_masks(structure, seen.masks)
 
 
-def _check_site(name, site, place):
+def _has_nan(arguments):
+    floats = [leaf for leaf in map(np.asarray, jax.tree.leaves(arguments)) if np.issubdtype(leaf.dtype, np.floating)]
+    return any(np.isnan(leaf).any() for leaf in floats)
+
+
+def _check_site(name, site, place, support_moves=False):
     first = lambda where: tuple(int(i) for i in np.argwhere(where)[0])
     if site.nan.any():
         raise ValueError(
-            f"The data of site '{name}' contain NaN, first at {place(first(site.nan))}. Missing values need a mask: replace "
-            "nothing, and put `numpyro.handlers.mask(mask=~jnp.isnan(y_t))` around the site."
+            f"The data of site '{name}' contain NaN, first at {place.format(*first(site.nan))}. Missing values need a mask: "
+            "replace nothing, and put `numpyro.handlers.mask(mask=~jnp.isnan(y_t))` around the site."
         )
-    if site.impossible.any():
+    if site.impossible.any() and not support_moves:
         index = first(site.impossible)
         raise ValueError(
-            f"The data of site '{name}' contain {site.value[index]}, which its law cannot have, first at {place(index)}. Mend "
-            "the data, or take another law; a missing value needs a mask, not a number that stands for it."
+            f"The data of site '{name}' contain {site.value[index]}, which its law cannot have, first at "
+            f"{place.format(*index)}. Mend the data, or take another law; a missing value needs a mask, not a number that "
+            "stands for it."
         )
+
+
+def _check_densities(drawn):
+    for name, is_nan in drawn.not_numbers.items():
+        if is_nan.any():
+            raise ValueError(
+                f"The log density of site '{name}' is not a number, first at time {np.argwhere(is_nan)[0][0]} of the scan, "
+                "whatever the state. Look for NaN, or a scale that is not positive, in what its law reads: the inputs of the "
+                "scan, other arguments of the model, initial values of parameters."
+            )
 
 
 class _Observed(NamedTuple):
@@ -95,14 +121,18 @@ class _Observed(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What the data are like: sites of the scan, by time; of those, where log densities are no numbers; sites outside; masks by
-    time and series, if latent sites have any.
-    """
+    """What the data are like: sites of the scan, by time; sites outside; masks by time and series, if latent sites have any."""
 
     in_scan: dict[str, _Observed]
-    not_numbers: dict[str, jax.Array]
     outside: dict[str, _Observed]
     masks: Any
+
+
+class _Drawn(NamedTuple):
+    """What several draws of the latent sites say: which supports they move, and where log densities are never numbers."""
+
+    supports_move: dict[str, jax.Array]
+    not_numbers: dict[str, jax.Array]
 
 
 class _Masks(NamedTuple):
@@ -141,39 +171,49 @@ def _check_masks(structure, masks):
 def _look(structure, model, arguments, values):
     chain = read_chain(structure, model, arguments, values)
     plates = [plate.size for plate in structure.plates]
-    latent = {site.name for site in structure.step_latents}
-    densities = (*structure.node_factors, *structure.edge_factors)
 
     def at_step(sites):
-        observed = {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
+        observed = _observed(sites)
         number = sum((unmasked(site, chain) for site in observed.values()), start=jnp.zeros(plates, jnp.int32))
-        supports = {name: jax.tree.map(jnp.asarray, jax.tree.leaves(_support(site))) for name, site in observed.items()}
-        log_densities = {name: log_prob(sites[name]) for name in densities}
-        return {name: _look_at(site) for name, site in observed.items()}, number, supports, log_densities
+        return {name: _look_at(site) for name, site in observed.items()}, number
 
-    # Of several draws of the latent sites, to know what does not depend on them.
-    of_draws = jax.vmap(lambda seed: at_all_steps(_drawn(chain, seed), at_step))(jnp.arange(_DRAWS))
-    in_scan, observed = jax.tree.map(lambda x: x[0], of_draws[:2])
-    supports, log_densities = of_draws[2:]
-    for name, site in in_scan.items():
-        same = functools.reduce(jnp.logical_and, [(x == x[0]).all() for x in supports[name]], True)
-        in_scan[name] = site._replace(impossible=site.impossible & same)
-    not_numbers = {}
-    for name, draws in log_densities.items():
-        not_numbers[name] = ~jnp.isfinite(draws).any(0)
-        if name not in latent:  # one drawn from its own law has a density
-            not_numbers[name] = not_numbers[name] & ~(draws < jnp.inf).all(0)
+    in_scan, observed = at_all_steps(chain, at_step)
     outside = (*structure.initial_factors, *structure.later_factors, *structure.global_factors)
     # Those after the scan stand on outputs of zero, and what their supports read of these means nothing.
     fixed = {name: not jax.tree.leaves(_support(chain.outside[name])) for name in structure.later_factors}
     outside = {name: _look_at(chain.outside[name], fixed.get(name, True)) for name in outside}
     present = presence(chain)
     if present is None:
-        return _Seen(in_scan, not_numbers, outside, None)
+        return _Seen(in_scan, outside, None)
     seen_later = [_seen_after_scan(chain.outside[name], structure) for name in structure.later_factors]
     later = sum(seen_later, start=jnp.zeros_like(observed))
-    anywhere = functools.reduce(jnp.logical_or, present.sites.values())
-    return _Seen(in_scan, not_numbers, outside, _Masks(anywhere, present.steps, observed, later, _reads_latent(chain)))
+    latent = functools.reduce(jnp.logical_or, present.sites.values())
+    return _Seen(in_scan, outside, _Masks(latent, present.steps, observed, later, _reads_latent(chain)))
+
+
+def _draw(structure, model, arguments, values):
+    return jax.tree.map(np.asarray, _look_at_draws(structure, model, arguments, values))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _look_at_draws(structure, model, arguments, values):
+    chain = read_chain(structure, model, arguments, values)
+    latent = {site.name for site in structure.step_latents}
+
+    def at_step(sites):
+        supports = {name: [jnp.asarray(x) for x in jax.tree.leaves(_support(site))] for name, site in _observed(sites).items()}
+        return supports, {name: log_prob(sites[name]) for name in (*structure.node_factors, *structure.edge_factors)}
+
+    supports, densities = jax.vmap(lambda seed: at_all_steps(_drawn(chain, seed), at_step))(jnp.arange(_DRAWS))
+    any_of = lambda found: functools.reduce(jnp.logical_or, found, jnp.asarray(False))
+    moves = {name: any_of([(x != x[0]).any() for x in leaves]) for name, leaves in supports.items()}
+    # One drawn from its own law has a density.
+    nowhere = lambda name, draws: ~jnp.isfinite(draws).any(0) & ((name in latent) | ~(draws < jnp.inf).all(0))
+    return _Drawn(moves, {name: nowhere(name, draws) for name, draws in densities.items()})
+
+
+def _observed(sites):
+    return {name: site for name, site in sites.items() if site["type"] == "sample" and site["is_observed"]}
 
 
 def _drawn(chain, seed):
@@ -184,7 +224,7 @@ def _drawn(chain, seed):
 def _support(site):
     """The support of single numbers of a site, where that can be asked of data without regard to rounding."""
     support = base_support(site["fn"])
-    return constraints.real if support in (None, constraints.circular) or support.event_dim else support
+    return constraints.real if support is None or support is constraints.circular or support.event_dim else support
 
 
 def _look_at(site, with_support=True):

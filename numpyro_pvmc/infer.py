@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 from jax import lax
 from numpyro.infer import ELBO, SVI
@@ -16,14 +17,13 @@ from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.combined import automatic_guide
 from numpyro_pvmc.data import DataCheck
 from numpyro_pvmc.minibatch import check_indices
-from numpyro_pvmc.objectives import ImportanceSmoothedELBO
+from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
 from numpyro_pvmc.phases import default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
-from numpyro_pvmc.program import Arguments, is_traced, parameter_names, run, signature
+from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model, run, signature
 from numpyro_pvmc.proposal import check_guide, refuse_discrete
 from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
 from numpyro_pvmc.structure import Structure
-from numpyro_pvmc.supervised import SupervisedELBO
 
 _CHUNK = 100  # updates in one compiled call, between two looks at the progress bar
 
@@ -208,14 +208,14 @@ class PVMC(SVI):
         requests.check_steps(num_steps)
         requests.refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
-        arguments = Arguments(args, kwargs)
+        arguments, own = Arguments(args, kwargs), self._arguments(args, kwargs)
         phases, frozen, rounds = [(None, num_steps)], (), None
         if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
             if self._is_refitted:
                 rounds = warm_up(num_steps)
             else:
                 phases = growth(num_steps, self.loss.num_particles)
-                frozen = self._parameters_of_the_model(state, self._arguments(args, kwargs))
+                frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
         losses, total = [], 0
         hidden = not progress_bar or is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
@@ -233,9 +233,11 @@ class PVMC(SVI):
                         stable=stable_update,
                     )
                     losses.append(chunk[:count])
+                    if not (total or stable_update or is_traced(chunk)):
+                        self._look_at_data.explain_nan(losses[0], own)
                     total += count
                     if not hidden:
-                        bar.set_postfix_str(_report(self.loss, num_particles, losses[-1]), refresh=False)
+                        bar.set_postfix_str(progress(self.loss, num_particles, losses[-1]), refresh=False)
                         bar.update(count)
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
 
@@ -327,11 +329,6 @@ class PVMC(SVI):
     def _arguments(self, args, kwargs):
         return Arguments(args, kwargs | self.static_kwargs)
 
-    def _parameters_of_the_model(self, state, arguments):
-        params = self.get_params(state)
-        of_model, of_guide = (parameter_names(program, arguments, params) for program in (self.model, self.guide))
-        return tuple(sorted(of_model - of_guide))
-
     def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
         """Let NumPyro look at program, guide and data."""
         if getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites:
@@ -344,8 +341,9 @@ class PVMC(SVI):
         try:
             state = super().init(rng_key, *args, init_params=init_params, **kwargs)
         except Exception:
-            # NumPyro runs the model at draws of the guide: see whether the guide is why that failed.
+            # NumPyro runs the model at draws of the guide: see whether they, or the data, are why that failed.
             check_guide(structure, self.guide, arguments, init_params or {})
+            self._look_at_data.explain_nan(np.nan, arguments)
             raise
         self._is_refitted = bool(check_guide(structure, self.guide, arguments, self.get_params(state)).refitted_by)
         return state
@@ -395,10 +393,3 @@ class PVMC(SVI):
         if isinstance(self.loss, ImportanceSmoothedELBO):
             return self.loss
         raise TypeError(f"The posterior needs the loss `ImportanceSmoothedELBO`, but here it is {type(self.loss).__name__}.")
-
-
-def _report(loss, num_particles, losses):
-    number = getattr(loss, "num_particles", None) if num_particles is None else num_particles
-    mean = float(jnp.nanmean(losses))
-    what = f"loss: {mean:.4f}" if isinstance(loss, SupervisedELBO) else f"bound: {-mean:.4f}"
-    return f"{what}, K = {number}"

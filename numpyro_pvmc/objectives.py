@@ -69,6 +69,7 @@ class ImportanceSmoothedELBO(ELBO):
     """
 
     can_infer_discrete = True  # those that the guide samples
+    reported = "bound", -1.0  # what is shown of it while it is trained, and its sign
 
     def __init__(
         self,
@@ -191,6 +192,18 @@ class ImportanceSmoothedELBO(ELBO):
             name: jnp.asarray(scale(self.update_number) if callable(scale) else scale)
             for name, scale in self.gradient_scale.items()
         }
+
+
+def progress(loss: ELBO, num_particles: int | None, losses: jax.Array) -> str:
+    """What is shown of a training run: the mean of what the loss reports, and the number of particles.
+
+    :param loss: an objective.
+    :param num_particles: K, if it is not the objective's own.
+    :param losses: the last values of the objective.
+    """
+    name, sign = getattr(loss, "reported", ImportanceSmoothedELBO.reported)
+    number = getattr(loss, "num_particles", None) if num_particles is None else num_particles
+    return f"{name}: {sign * float(jnp.nanmean(losses)):.4f}, K = {number}"
 
 
 def refitted_state(lattice: Lattice, log_weights: jax.Array | None) -> dict[str, Any]:

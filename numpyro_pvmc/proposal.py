@@ -123,11 +123,12 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     :raises ValueError: naming the site that is missing, unknown, of a wrong shape, or not independent over time; or what of
         the guide's own chain differs from the model's.
     """
-    found, scanned = [], []
+    found, scanned, bounded = [], [], {}
 
     def look(params, arguments):
         sites = run(guide, arguments, params, random.key(0), lambda _, scan: scanned.extend(_scanned(scan)))
         found.append({name: site for name, site in sites.items() if is_latent(site)})
+        bounded.update({name: is_bounded(site["fn"]) for name, site in found[0].items()})
 
     jax.eval_shape(look, params, arguments)
     (sites,) = found
@@ -153,7 +154,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
         )
     for name, latent in structure.sites.items():
         steps = (structure.length,) if name in structure.step else ()
-        _check_guide_site(name, sites[name], latent, steps, joint)
+        _check_guide_site(name, sites[name], latent, steps, joint, bounded[name])
     marks = [sites[name]["infer"].get("refitted_by") for name in structure.sites]
     if len(set(marks)) > 1:
         raise ValueError(
@@ -260,7 +261,7 @@ def _check_discrete(structure, missing):
             )
 
 
-def _check_guide_site(name, site, latent, steps, joint):
+def _check_guide_site(name, site, latent, steps, joint, is_bounded):
     fn, shape = site["fn"], tuple(site["fn"].shape())
     if isinstance(base_law(fn), dist.Delta):
         raise ValueError(
@@ -281,7 +282,7 @@ def _check_guide_site(name, site, latent, steps, joint):
             f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, is {kinds[of_guide]}, and the model's is "
             f"{kinds[discrete]}: give it one on the same values."
         )
-    if latent.is_bounded and not is_bounded(fn):
+    if latent.is_bounded and not is_bounded:
         raise ValueError(
             f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, has all real numbers, and the model's not: "
             "some particles would have no density. Give the guide a law on the same values, such as a `LogNormal` for positive "

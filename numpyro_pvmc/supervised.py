@@ -151,6 +151,8 @@ class SupervisedELBO(ImportanceSmoothedELBO):
         (20,)
     """
 
+    reported = "loss", 1.0
+
     def __init__(
         self,
         truth: Callable[..., Mapping[str, Any]],

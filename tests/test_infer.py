@@ -15,6 +15,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.phases import growth
+from numpyro_pvmc.program import Arguments, parameters_of_the_model
 from oracles import kalman_filter
 
 LONG_RUNS = True
@@ -188,12 +189,10 @@ def test_model_parameters_rest_while_there_is_one_particle():
     )
     assert pvmc.get_params(with_one)["a"] == 0.5
     assert (pvmc.get_params(with_one)["x_auto_loc"] != pvmc.get_params(state)["x_auto_loc"]).all()
-    assert pvmc._parameters_of_the_model(state, arguments_of(simulate(0, 6))) == ("a",)
+    assert parameters_of_the_model(pvmc.model, pvmc.guide, arguments_of(simulate(0, 6)), pvmc.get_params(state)) == ("a",)
 
 
 def arguments_of(*args):
-    from numpyro_pvmc.program import Arguments
-
     return Arguments(args)
 
 
