@@ -139,11 +139,10 @@ class Equinox(equinox.Module):
 @pytest.mark.parametrize(
     "name",
     [
-        "two_coupled_sites",
         "padded",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("autoregression_1", "deterministic_start", "matrix", "positive")
+            for name in ("autoregression_1", "deterministic_start", "matrix", "positive", "two_coupled_sites")
         ),
     ],
 )

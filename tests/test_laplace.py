@@ -179,7 +179,7 @@ def levels(y, scale):
 
 @pytest.mark.parametrize(
     ("program", "place"),
-    [(counts, 0.0), pytest.param(volatility, 4.0, marks=pytest.mark.slow), pytest.param(levels, -2.0, marks=pytest.mark.slow)],
+    [pytest.param(*one, marks=pytest.mark.slow) for one in ((counts, 0.0), (volatility, 4.0), (levels, -2.0))],
 )
 def test_finds_the_mode(program, place):
     rng = np.random.default_rng(3)
@@ -200,6 +200,7 @@ def test_finds_the_mode(program, place):
     assert negative(points.mean.ravel())[0] <= best.fun + 1e-4
 
 
+@pytest.mark.slow
 def test_steps_that_overshoot_are_damped():
     """Far from a sharp observation of logistic tails the density is all slope, and a Newton step lands as far beyond it."""
 

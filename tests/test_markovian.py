@@ -109,7 +109,7 @@ def test_one_particle_is_the_plain_bound(x64):
     assert_allclose(value(ImportanceSmoothedELBO(1)), value(Trace_ELBO()), rtol=1e-10)
 
 
-@pytest.mark.parametrize("gradient", ["reparam", "doubly_reparam"])
+@pytest.mark.parametrize("gradient", [pytest.param("reparam", marks=pytest.mark.slow), "doubly_reparam"])
 def test_gradient_against_finite_differences(x64, gradient):
     """The doubly reparameterised gradient is one of independent draws: a Markovian guide gets the plain one."""
     loss = ImportanceSmoothedELBO(4, gradient=gradient, particles="iid")

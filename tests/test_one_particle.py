@@ -134,7 +134,11 @@ def test_one_particle_is_trace_elbo(x64, model, shape):
 
 @pytest.mark.parametrize(
     ("model", "plates"),
-    [pytest.param(two_plates, (3, 2), marks=pytest.mark.slow), (plate_on_the_left, (3,)), (another_scan, ())],
+    [
+        pytest.param(two_plates, (3, 2), marks=pytest.mark.slow),
+        (plate_on_the_left, (3,)),
+        pytest.param(another_scan, (), marks=pytest.mark.slow),
+    ],
 )
 def test_shapes_are_tidy_in_the_posterior_and_the_models_own_in_samples(model, plates):
     y = jnp.zeros((T, *plates))

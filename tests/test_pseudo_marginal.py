@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 from jax import lax, random
 from numpyro.contrib.control_flow import scan
 
@@ -26,6 +27,7 @@ def level(y):
     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
 
 
+@pytest.mark.slow
 def test_pseudo_marginal_metropolis(x64):
     """With few particles the estimates vary, and the chain's law is the posterior all the same."""
     pvmc = PVMC(level, num_particles=32, particles="iid")

@@ -157,7 +157,7 @@ def transformed_guide(y, series=2):
         pytest.param(dense_guide, marks=pytest.mark.slow),
         expanded_guide,
         pytest.param(transformed_guide, marks=pytest.mark.slow),
-        AutoNormal(linear_gaussian, init_scale=1.0),
+        pytest.param(AutoNormal(linear_gaussian, init_scale=1.0), marks=pytest.mark.slow),
     ],
 )
 def test_any_gaussian_guide_can_be_refined(guide):
@@ -194,7 +194,7 @@ def test_sites_that_read_each_other_in_the_guide():
     assert all(np.corrcoef(step.T)[0, 1] < -0.6 for step in state)
 
 
-LONGER = ("constrained", "epidemic", "local_level", "panel", "two_sites")
+LONGER = ("constrained", "epidemic", "local_level", "panel", "tracking", "two_sites")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_evidence_is_unbiased_with_quasi_random_particles(num_particles):
     assert_mean(ratio, 1.0, at_most_standard_error=0.02)
 
 
+@pytest.mark.slow
 def test_quasi_random_particles_are_better_ones():
     independent, even = (log_evidence(32, particles=particles) for particles in ("iid", "rqmc"))
     assert even.std() < 0.6 * independent.std()
