@@ -6,7 +6,7 @@ reads the particle after only (*node*), the new state and the outputs. A determi
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -141,7 +141,7 @@ def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[
     structure = chain.structure
     state, sites = sites_at_start(chain, initial)
     names = [site.name for site in structure.initial_latents]
-    return _total(chain, sites, (*names, *structure.initial_factors)), state
+    return log_density(chain, sites, (*names, *structure.initial_factors)), state
 
 
 def sites_at_start(chain: Chain, initial: dict[str, jax.Array]) -> tuple[list[jax.Array], Sites]:
@@ -167,8 +167,8 @@ def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, ja
         once for each.
     """
     new_state, output, sites = sites_of_step(chain, inputs, state, latent)
-    edge = _total(chain, sites, chain.structure.edge_factors)
-    node = _total(chain, sites, chain.structure.node_factors)
+    edge = log_density(chain, sites, chain.structure.edge_factors)
+    node = log_density(chain, sites, chain.structure.node_factors)
     return Step(edge, node, new_state, output)
 
 
@@ -221,7 +221,7 @@ def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax
     total = jnp.zeros([structure.length + 1, *(plate.size for plate in structure.plates)])
     for name in structure.later_factors:
         rows = time_rows(sites[name], structure.length, structure.plates)
-        rows = _scaled(chain, name, rows) / structure.scale
+        rows = with_gradient_scale(chain, name, rows) / structure.scale
         total = total.at[structure.length + 1 - len(rows) :].add(rows)
     return total
 
@@ -246,7 +246,7 @@ def global_log_density(chain: Chain) -> jax.Array:
     :param chain: the chain.
     """
     names = (*chain.structure.global_sites, *chain.structure.global_factors)
-    return sum((_scaled(chain, name, log_prob(chain.outside[name])).sum() for name in names), start=jnp.zeros(()))
+    return sum((with_gradient_scale(chain, name, log_prob(chain.outside[name])).sum() for name in names), start=jnp.zeros(()))
 
 
 def supports(chain: Chain) -> dict[str, Any]:
@@ -323,14 +323,27 @@ def _run_step(chain, inputs, state, latent):
     return run_body(chain.scan, t, carry, x, latent, chain.structure.length)
 
 
-def _total(chain, sites, names):
+def log_density(chain: Chain, sites: Sites, names: Iterable[str]) -> jax.Array:
+    """Log density of some sites, summed over all axes but those of the plates.
+
+    :param chain: the chain.
+    :param sites: sites of one step, or outside the scan.
+    :param names: which of them.
+    :return: an array of shape ``(*plates)``.
+    """
     plates, scale = chain.structure.plates, chain.structure.scale
     # The scale of a minibatch is one of the bound, not of the densities of a series.
-    densities = [per_series(_scaled(chain, name, log_prob(sites[name])), plates) / scale for name in names]
+    densities = [per_series(with_gradient_scale(chain, name, log_prob(sites[name])), plates) / scale for name in names]
     return sum(densities[1:], start=densities[0]) if densities else jnp.zeros([plate.size for plate in plates])
 
 
-def _scaled(chain, name, log_density):
+def with_gradient_scale(chain: Chain, name: str, log_density: jax.Array) -> jax.Array:
+    """A log density of a site, whose gradient is multiplied by what was asked for.
+
+    :param chain: the chain.
+    :param name: the site.
+    :param log_density: an array.
+    """
     return _scale_gradient(log_density, chain.gradient_scale[name]) if name in chain.gradient_scale else log_density
 
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_pvmc.chain import Chain, after_scan, begin, step
+from numpyro_pvmc.chain import Chain, after_scan, begin, log_density, sites_of_step, step, with_gradient_scale
+from numpyro_pvmc.dependence import influence
+from numpyro_pvmc.pairs import read_pair
 from numpyro_pvmc.smoothing import Edges
 from numpyro_pvmc.states import joint_values, number_of_states
 from numpyro_pvmc.structure import Structure
@@ -28,11 +30,13 @@ class Particles(NamedTuple):
         return numbers[0] if numbers else 1
 
 
-def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
+def target(chain: Chain, particles: Particles, put_together: bool = True) -> tuple[jax.Array, Edges]:
     """Log densities of the model at the particles.
 
     :param chain: the chain.
     :param particles: its particles.
+    :param put_together: whether blocks of pairs may be put together from laws and values (:mod:`numpyro_pvmc.pairs`): faster,
+        but without derivatives in forward mode.
     :return: the part that reads one particle, shape ``(T + 1, *plates, K)``; the part that reads two, a block ``(*plates, K,
         K)`` for each step. With sites that are summed over S joint values, a particle is K * S points: see
         :mod:`numpyro_pvmc.states`.
@@ -63,15 +67,71 @@ def target(chain: Chain, particles: Particles) -> tuple[jax.Array, Edges]:
             particles.initial, outputs
         )
 
+    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
+    inputs = chain.inputs, before, particles.steps
+    apart = _read_apart(chain, *jax.tree.map(lambda x: x[0], inputs)) if put_together else {}
+    return log_p, Edges(_edge(chain, number, apart), inputs)
+
+
+def _edge(chain, number, apart):
+    """The function that computes a block of pairs.
+
+    Factors whose law reads what was before, and whose value is what comes after, are put together from J laws and K values; all
+    others are evaluated at every pair.
+    """
+    structure = chain.structure
+    others = tuple(name for name in structure.edge_factors if name not in apart)
+    axis = len(structure.plates)
+
     def edge(inputs):
         inputs, before, latent = inputs
-        pair = lambda state, latent: step(chain, inputs, state, latent).edge
-        to_all = jax.vmap(pair, in_axes=(None, 0), out_axes=-1)
-        # A chain may have no state: then no leaf says how many particles there are before.
-        return jax.vmap(to_all, in_axes=(0, None), out_axes=-2, axis_size=number)(before, latent)
+        state_of_one, latent_of_one = (jax.tree.map(lambda x: x[0], values) for values in (before, latent))
 
-    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
-    return log_p, Edges(edge, (chain.inputs, before, particles.steps))
+        def parts(state, latent):
+            _, _, sites = sites_of_step(chain, inputs, state, latent)
+            return {name: read_pair(sites[name], structure)[0] for name in apart}
+
+        total = jnp.zeros([*(plate.size for plate in structure.plates), number, number])
+        if others:
+            pair = lambda state, latent: log_density(chain, sites_of_step(chain, inputs, state, latent)[2], others)
+            to_all = jax.vmap(pair, in_axes=(None, 0), out_axes=-1)
+            # A chain may have no state: then no leaf says how many particles there are before.
+            total = jax.vmap(to_all, in_axes=(0, None), out_axes=-2, axis_size=number)(before, latent)
+        if not apart:
+            return total
+        of_one = parts(state_of_one, latent_of_one)
+        laws = jax.vmap(lambda state: parts(state, latent_of_one), out_axes=axis, axis_size=number)(before)
+        values = jax.vmap(lambda latent: parts(state_of_one, latent), out_axes=axis)(latent)
+        for name, (density, shared) in apart.items():
+            here = of_one[name]
+            parameters = laws[name].parameters | {p: jnp.expand_dims(here.parameters[p], axis) for p in shared}
+            block = density(parameters, values[name].value, here.mask) + values[name].log_volume[..., None, :]
+            block = block if here.scale is None else here.scale * block
+            total = total + with_gradient_scale(chain, name, block) / structure.scale
+        return total
+
+    return edge
+
+
+def _read_apart(chain, inputs, before, latent):
+    """Factors of pairs that can be put together, by name: how, and which parameters do not read the state before."""
+    densities = {}
+
+    def look(parts):
+        _, _, sites = sites_of_step(chain, inputs, parts["state"], parts["latent"])
+        read = {name: read_pair(sites[name], chain.structure) for name in chain.structure.edge_factors}
+        densities.update({name: pair[1] for name, pair in read.items() if pair is not None})
+        return {name: pair[0]._asdict() for name, pair in read.items() if pair is not None}
+
+    one = lambda values: jax.tree.map(lambda x: x[0], values)
+    read = influence(look, {"state": one(before), "latent": one(latent)})
+    apart = {}
+    for name, density in densities.items():
+        by_state, by_latent = read["state"][name], read["latent"][name]
+        reads = lambda what, *parts: any(jax.tree.leaves([what[part] for part in parts]))
+        if not (reads(by_latent, "parameters", "mask", "scale") or reads(by_state, "value", "log_volume", "mask", "scale")):
+            apart[name] = density, {p for p, is_read in by_state["parameters"].items() if not is_read}
+    return apart
 
 
 def _with_states(structure, particles):

@@ -183,7 +183,7 @@ def _log_joint(chain, coordinates, z, order):
     particles = Particles(
         {name: value[None] for name, value in at_start.items()}, {name: value[:, None] for name, value in at_steps.items()}
     )
-    log_p, edges = target(chain, particles)
+    log_p, edges = target(chain, particles, put_together=False)
     total = log_p[..., 0].sum(0) + jax.vmap(edges.function)(edges.inputs)[..., 0, 0].sum(0)
     if initial is not None:
         total = total + sum(log_jacobians(structure, coordinates.initial, initial).values())

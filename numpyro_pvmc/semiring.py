@@ -28,7 +28,7 @@ def logsumexp(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
         (-inf, [0.0, 0.0, 0.0])
     """
     # A slice without mass has the maximum -inf, and -inf - (-inf) is nan.
-    largest = _finite(jnp.max(x, axis, keepdims=True))
+    largest = finite(jnp.max(x, axis, keepdims=True))
     return jnp.log(jnp.sum(jnp.exp(x - largest), axis)) + jnp.squeeze(largest, axis)
 
 
@@ -36,7 +36,7 @@ def logsumexp(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 def _logsumexp_jvp(axis, primals, tangents):
     (x,), (x_dot,) = primals, tangents
     log_sum = logsumexp(x, axis)
-    shares = jnp.exp(x - jnp.expand_dims(_finite(log_sum), axis))
+    shares = jnp.exp(x - jnp.expand_dims(finite(log_sum), axis))
     return log_sum, jnp.sum(shares * x_dot, axis)
 
 
@@ -60,5 +60,9 @@ def logmatmulexp(a: Float[Array, "*batch I J"], b: Float[Array, "*batch J K"]) -
     return logsumexp(a[..., :, :, None] + b[..., None, :, :], -2)
 
 
-def _finite(x):
+def finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Zero in place of the logarithm of zero, so that it can be subtracted from itself.
+
+    :param x: logarithms of non-negative numbers.
+    """
     return jnp.where(jnp.isneginf(x), 0.0, x)

@@ -13,8 +13,7 @@ An absent point (`mask` false: padding) holds alpha.
 Shapes: T points, S = T - 1 transitions, K particles; `edge[t, i, j]` goes from particle i at t to particle j at t + 1.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +21,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from numpyro_pvmc.recursion import Edges, backward, forward, lazy, scaled, sequential
 from numpyro_pvmc.semiring import logmatmulexp, logsumexp
 
 METHODS = ("auto", "sequential", "associative")
-
-
-class Edges(NamedTuple):
-    """Transition potentials that are computed when they are needed, one transition at a time.
-
-    ``function(inputs[t])`` is the block ``edge[t]`` of shape ``(*batch, K, K)``; `inputs` is a pytree with leading axis S.
-    A scan over `inputs` never holds more than one block, forward or backward.
-    """
-
-    function: Callable[[Any], Array]
-    inputs: Any
 
 
 class Marginals(NamedTuple):
@@ -73,8 +62,7 @@ def log_normalizer(
     node = _at_least_single(node)
     if _is_associative(method, node):
         return logsumexp(node[0] + logsumexp(_product(node, edge, mask), -1), -1)
-    log_z, _ = _forward(node, edge, mask)
-    return log_z
+    return sequential(node, edge, mask)
 
 
 def check_method(method: str) -> None:
@@ -109,11 +97,11 @@ def marginals(
         log_z = log_normalizer(node, edge, mask, method)
         weights = jax.grad(lambda node: log_normalizer(node, edge, mask, method).sum())(node)
         log_weights = _log_weights(weights, mask)
-        _, alpha = _forward(node, edge, mask)
+        _, alpha = forward(node, edge, mask)
     else:
-        log_z, alpha = _forward(node, edge, mask)
-        log_weights = alpha + _backward(node, edge, mask)
-    return Marginals(log_z, _scaled(log_weights)[1], alpha)
+        log_z, alpha = forward(node, edge, mask)
+        log_weights = alpha + backward(node, edge, mask)
+    return Marginals(log_z, scaled(log_weights)[1], alpha)
 
 
 def log_normalizer_and_weights(
@@ -134,7 +122,7 @@ def log_normalizer_and_weights(
     :return: sum of the log normalizers, log smoothing weights.
     """
     node = _at_least_single(node)
-    function, inputs = _lazy(edge)
+    function, inputs = lazy(edge)
     one = jax.tree.map(lambda leaf: leaf[0], inputs)
     function, constants = jax.closure_convert(function, one)
 
@@ -202,7 +190,7 @@ def sample_trajectories(
     :param sample_shape: how many to draw.
     :return: numbers of particles, shape ``(*sample_shape, T, *batch)``.
     """
-    _, alpha = _forward(_at_least_single(node), edge, mask)
+    _, alpha = forward(_at_least_single(node), edge, mask)
     return sample_backward(rng_key, alpha, edge, mask, sample_shape)
 
 
@@ -222,7 +210,7 @@ def sample_backward(
     :param sample_shape: how many to draw.
     :return: numbers of particles, shape ``(*sample_shape, T, *batch)``.
     """
-    function, inputs = _lazy(edge)
+    function, inputs = lazy(edge)
     batch = log_filtering_weights.shape[1:-1]
     present = jnp.ones(log_filtering_weights.shape[:-1], bool) if mask is None else mask
     key_last, key_rest = jax.random.split(rng_key)
@@ -268,7 +256,7 @@ def _at_least_single(node):
 def _log_weights(weights, mask):
     # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
     log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
-    return _scaled(hold(log_weights, mask))[1]
+    return scaled(hold(log_weights, mask))[1]
 
 
 def _is_associative(method, node):
@@ -276,68 +264,9 @@ def _is_associative(method, node):
     return method == "associative" or (method == "auto" and jax.default_backend() != "cpu" and node.shape[-1] <= 32)
 
 
-def _forward(node, edge, mask):
-    """The log normalizer, and alpha at every point up to a constant of each."""
-    function, inputs = _lazy(edge)
-    present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
-
-    @jax.checkpoint  # without it the backward pass would keep all S blocks of K x K
-    def step(carry, inputs):
-        log_z, alpha = carry
-        node, present, edge_inputs = inputs
-        edge = function(edge_inputs).astype(node.dtype)
-        if mask is not None:
-            # What stands in padding may be nan, and nan times a cotangent of zero is nan.
-            node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
-        moved = node + logsumexp(alpha[..., :, None] + edge, -2)
-        gain, moved = _scaled(moved)
-        log_z, alpha = jnp.where(present, log_z + gain, log_z), jnp.where(present[..., None], moved, alpha)
-        return (log_z, alpha), alpha
-
-    start = _scaled(node[0])
-    (log_z, _), rest = lax.scan(step, start, (node[1:], present[1:], inputs))
-    # A chain that ends without mass has no weights, whatever the points before the end had.
-    log_z = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z)
-    return log_z, jnp.concatenate([start[1][None], rest])
-
-
-def _backward(node, edge, mask):
-    """The log of the total weight of all ends of trajectories from each particle on, up to a constant of each point.
-
-    With alpha, the gradient of the log normalizer in closed form: a loss on the weights, differentiated through `jax.grad`,
-    would keep all S blocks of K x K, checkpointed or not.
-    """
-    function, inputs = _lazy(edge)
-    present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
-
-    @jax.checkpoint
-    def step(beta, inputs):
-        node, present, edge_inputs = inputs
-        edge = function(edge_inputs)
-        if mask is not None:
-            node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
-        _, moved = _scaled(logsumexp(edge + (node + beta)[..., None, :], -1))
-        beta = jnp.where(present[..., None], moved, beta)
-        return beta, beta
-
-    last = jnp.zeros_like(node[0])
-    _, rest = lax.scan(step, last, (node[1:], present[1:], inputs), reverse=True)
-    return jnp.concatenate([rest, last[None]])
-
-
-def _scaled(alpha):
-    """The log of the sum of alpha, and alpha without it.
-
-    Carried with its scale, alpha would grow with T, and in float32 the differences between its elements, which are all that
-    the gradient reads, would drown in its rounding.
-    """
-    total = logsumexp(alpha, -1)
-    return total, alpha - jnp.where(jnp.isneginf(total), 0.0, total)[..., None]
-
-
 def _product(node, edge, mask):
     """Product of the matrices that take alpha from the first point to the last."""
-    function, inputs = _lazy(edge)
+    function, inputs = lazy(edge)
     matrices = jax.vmap(function)(inputs).astype(node.dtype) + node[1:, ..., None, :]
     identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), jnp.zeros((), node.dtype), -jnp.inf)
     if mask is not None:
@@ -347,7 +276,3 @@ def _product(node, edge, mask):
         paired = logmatmulexp(matrices[:-1:2], matrices[1::2])
         matrices = jnp.concatenate([paired, matrices[-1:]]) if len(matrices) % 2 else paired
     return matrices[0] if len(matrices) else jnp.broadcast_to(identity, (*node[0].shape, node.shape[-1]))
-
-
-def _lazy(edge):
-    return edge if isinstance(edge, Edges) else Edges(lambda block: block, edge)

@@ -4,7 +4,9 @@ import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook(["numpyro_pvmc.semiring", "numpyro_pvmc.smoothing"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["numpyro_pvmc.recursion", "numpyro_pvmc.semiring", "numpyro_pvmc.smoothing"], "beartype.beartype"
+)
 
 
 DOUBLE, SINGLE = 1e-10, 1e-4

@@ -1,0 +1,265 @@
+"""Laws of what comes after, given what came before, in; log densities of all pairs out.
+
+The transition of a chain is asked for at every pair of J particles before and K after. Its law takes J evaluations of the
+model, the values K; what is left for the pairs is an elementary function of the two. A generic log density, mapped over both,
+computes the same with its event axes last, where a sum over them is slow; here the particles are the last two axes.
+
+Laws without a form of their own are left to the generic way. One line registers a law of single numbers::
+
+    pair_form.register(MyLaw, lambda law: univariate(law, lambda x, loc: ...))
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import lax
+from numpyro.distributions.transforms import Transform
+
+from numpyro_pvmc.laws import WRAPPERS
+from numpyro_pvmc.program import Site, mask_of
+from numpyro_pvmc.structure import Structure
+
+_UNROLLED = 16  # components that are summed one after the other in the program, not in a loop
+
+_BY_BROADCASTING = (
+    dist.AsymmetricLaplace,
+    dist.Beta,
+    dist.Cauchy,
+    dist.Exponential,
+    dist.Gamma,
+    dist.Gumbel,
+    dist.HalfCauchy,
+    dist.HalfNormal,
+    dist.InverseGamma,
+    dist.Laplace,
+    dist.Logistic,
+    dist.SoftLaplace,
+    dist.StudentT,
+    dist.Uniform,
+    dist.VonMises,
+    dist.Weibull,
+)
+
+
+class PairForm(NamedTuple):
+    """How to compute the log densities of pairs.
+
+    `parameters` are those of a law, and broadcast to its shape ``(*batch, *event)``; they may have further axes at the end.
+    ``density(parameters, value, mask)`` has shape ``(*plates, J, K)``, for parameters of shape ``(*plates, J, n, ...)``, with 1
+    in place of J where they are the same for all, a value ``(*plates, K, n)``, and a mask ``(*plates, n)`` or ``None``.
+    """
+
+    parameters: dict[str, jax.Array]
+    density: Callable[[dict[str, jax.Array], jax.Array, jax.Array | None], jax.Array]
+
+
+class Pair(NamedTuple):
+    """One site of a step, for one particle before and one after, arranged as :class:`PairForm` wants it, but for J and K."""
+
+    parameters: dict[str, jax.Array]
+    value: jax.Array
+    log_volume: jax.Array
+    mask: jax.Array | None
+    scale: jax.Array | None
+
+
+@functools.singledispatch
+def pair_form(law: dist.Distribution) -> PairForm | None:
+    """How to compute the log densities of pairs under a law, if there is a better way than the generic one.
+
+    :param law: a law, without wrappers.
+    """
+    if type(law) not in _BY_BROADCASTING:
+        return None
+    return univariate(law, lambda value, **parameters: type(law)(**parameters, validate_args=False).log_prob(value))
+
+
+def univariate(law: dist.Distribution, log_density: Callable[..., jax.Array]) -> PairForm:
+    """The form of a law of single numbers.
+
+    :param law: a law whose parameters all have its batch shape.
+    :param log_density: takes a value, and the parameters by name, and works by broadcasting.
+    """
+
+    def density(parameters, value, mask):
+        def of_component(parameters, value, mask):
+            terms = log_density(value[..., None, :], **{name: x[..., :, None] for name, x in parameters.items()})
+            return terms if mask is None else jnp.where(mask[..., None, None], terms, 0.0)
+
+        return _sum_over_components(of_component, parameters, value, mask)
+
+    return PairForm({name: getattr(law, name) for name in type(law).arg_constraints}, density)
+
+
+@pair_form.register
+def _(law: dist.Normal):
+    def density(parameters, value, mask):
+        loc, scale = parameters["loc"], parameters["scale"]
+        rate, log_scale = 1 / scale, jnp.log(scale) + 0.5 * math.log(2 * math.pi)
+        if mask is not None:
+            there = mask[..., None, :]
+            loc, rate, log_scale = (jnp.where(there, x, 0.0) for x in (loc, rate, log_scale))
+            value = jnp.where(there, value, 0.0)
+        return -0.5 * _squares(loc, rate, value) - log_scale.sum(-1)[..., None]
+
+    return PairForm({"loc": law.loc, "scale": law.scale}, density)
+
+
+@pair_form.register
+def _(law: dist.MultivariateNormal):
+    return _multivariate_normal(law.loc, law.scale_tril)
+
+
+@pair_form.register
+def _(law: dist.LowRankMultivariateNormal):
+    return _multivariate_normal(law.loc, jnp.linalg.cholesky(law.covariance_matrix))
+
+
+def _multivariate_normal(loc, tril):
+    if loc.shape[-1] > _UNROLLED:
+        return None
+
+    def density(parameters, value, mask):
+        loc, tril = parameters["loc"], parameters["tril"].astype(jnp.result_type(value, *parameters.values()))
+        diagonal = jnp.diagonal(tril, axis1=-2, axis2=-1)
+        log_scale = (jnp.log(diagonal) + 0.5 * math.log(2 * math.pi)).sum(-1)[..., None]
+        if tril.shape[-3] == 1:
+            # Distances are those of whitened points. Whitening far from the origin would round them off.
+            origin = lax.stop_gradient(value.mean(-2, keepdims=True))
+            loc, value = (jnp.stack(_whitened(tril, _components(x - origin)), -1) for x in (loc, value))
+            terms = -0.5 * _squares(loc, jnp.ones_like(loc[..., :1, :]), value) - log_scale
+        else:
+            apart = [x[..., None, :] - m[..., :, None] for x, m in zip(_components(value), _components(loc), strict=True)]
+            terms = -0.5 * sum(jnp.square(x) for x in _whitened(tril[..., None, :, :], apart)) - log_scale
+        return terms if mask is None else jnp.where(mask[..., :1, None], terms, 0.0)
+
+    return PairForm({"loc": loc, "tril": tril}, density)
+
+
+def _components(x):
+    return [x[..., i] for i in range(x.shape[-1])]
+
+
+def _whitened(tril, components):
+    """Forward substitution, component by component: no call of a library for each of many small systems."""
+    found = []
+    for i, x in enumerate(components):
+        found.append((x - sum(tril[..., i, j] * y for j, y in enumerate(found))) / tril[..., i, i])
+    return found
+
+
+def _sum_over_components(function, parameters, value, mask):
+    number = value.shape[-1]
+    arrays = parameters, value, mask
+    if number <= _UNROLLED:
+        terms = [function(*jax.tree.map(lambda x, i=i: x[..., i], arrays)) for i in range(number)]
+        return sum(terms[1:], start=terms[0])
+    step = jax.checkpoint(lambda total, one: (total + function(*one), None))
+    first = jax.eval_shape(function, *jax.tree.map(lambda x: x[..., 0], arrays))
+    return lax.scan(step, jnp.zeros(first.shape, first.dtype), jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), arrays))[0]
+
+
+@jax.custom_vjp
+def _squares(loc, rate, value):
+    """Sums over components of ``(rate (value - loc))^2``, for all pairs: ``(..., J, K)``.
+
+    By differences, which keep their digits however far particles lie from each other.
+    """
+
+    def of_component(parameters, value, mask):
+        return jnp.square(parameters["rate"][..., :, None] * (value[..., None, :] - parameters["loc"][..., :, None]))
+
+    return _sum_over_components(of_component, {"loc": loc, "rate": rate}, value, None)
+
+
+def _pull_back_squares(kept, cotangent):
+    """The derivative by `loc` and `value` is linear in distances, and so may be expanded into matrix products.
+
+    They lose as many digits as there are noise scales between particles, not as there are in the square of that. The derivative
+    by `rate` is quadratic, and is summed by differences.
+    """
+    loc, rate, value = kept
+    origin = lax.stop_gradient(value.mean(-2, keepdims=True))
+    here, there, weight = loc - origin, value - origin, 2 * jnp.square(rate)
+    with_one = lambda x: jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+    # Rows times rows: the order in which a matrix product reads memory as it lies.
+    before = jnp.concatenate([jnp.broadcast_to(weight * here, loc.shape), jnp.broadcast_to(weight, loc.shape)], -1)
+    to_value = jnp.swapaxes(jnp.einsum("...nj,...jk->...nk", jnp.swapaxes(before, -1, -2), cotangent), -1, -2)
+    to_loc = jnp.einsum("...jk,...kn->...jn", cotangent, with_one(there))
+    number = loc.shape[-1]
+    of_value = there * to_value[..., number:] - to_value[..., :number]
+    of_loc = weight * (here * to_loc[..., number:] - to_loc[..., :number])
+
+    def of_component(parameters, value, mask):
+        return (cotangent * jnp.square(value[..., None, :] - parameters[..., :, None])).sum(-1)
+
+    components = [of_component(loc[..., i], value[..., i], None) for i in range(number)]
+    of_rate = 2 * rate * _summed_to(jnp.stack(components, -1), rate.shape)
+    return of_loc, of_rate, of_value
+
+
+def _summed_to(x, shape):
+    axes = [axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] != 1]
+    return x.sum(axes, keepdims=True)
+
+
+_squares.defvjp(lambda loc, rate, value: (_squares(loc, rate, value), (loc, rate, value)), _pull_back_squares)
+
+
+def read_pair(site: Site, structure: Structure) -> tuple[Pair, Callable] | None:
+    """A site of a step, arranged for the log densities of pairs.
+
+    :param site: a sample site.
+    :param structure: the structure of the chain.
+    :return: its parts, and the function that computes log densities from them; ``None`` if there is only the generic way.
+    """
+    fn, shape, value = site["fn"], site["fn"].shape(), site["value"]
+    if site["scale"] is not None and jnp.ndim(site["scale"]):
+        return None
+    law = fn
+    while isinstance(law, dist.MaskedDistribution | dist.ExpandedDistribution):
+        law = law.base_dist
+    log_volume, value = jnp.zeros(()), jnp.broadcast_to(value, shape)
+    while True:
+        if isinstance(law, dist.MaskedDistribution):
+            return None  # a mask inside of an event
+        form = pair_form(law)
+        if isinstance(law, WRAPPERS):
+            law = law.base_dist
+        elif form is None and isinstance(law, dist.TransformedDistribution) and all(map(_is_elementwise, law.transforms)):
+            for transform in reversed(law.transforms):
+                before = transform.inv(value)
+                log_volume, value = log_volume - transform.log_abs_det_jacobian(before, value), before
+            law = law.base_dist
+        else:
+            break
+    mask, event = mask_of(site), len(law.event_shape)
+    if form is None or (event and math.prod(shape) != math.prod(plate.size for plate in structure.plates) * shape[-1]):
+        return None
+    plates = [len(fn.batch_shape) + plate.dim for plate in structure.plates]
+    if min(plates, default=0) < 0:
+        return None
+    order = plates + [axis for axis in range(len(shape)) if axis not in plates]
+    sizes = [shape[axis] for axis in plates]
+
+    def arranged(x, extra=()):
+        x = jnp.broadcast_to(x, shape + extra)
+        x = x.transpose(*order, *range(len(shape), x.ndim))
+        return x.reshape(*sizes, math.prod(shape) // math.prod(sizes), *extra)
+
+    log_volume = arranged(log_volume)
+    if mask is not None:
+        mask = arranged(jnp.reshape(mask, jnp.shape(mask) + (1,) * fn.event_dim))
+        log_volume = jnp.where(mask, log_volume, 0.0)
+    trailing = lambda name, x: x.shape[-1:] if event and name != "loc" else ()
+    parameters = {name: arranged(x, trailing(name, x)) for name, x in form.parameters.items()}
+    return Pair(parameters, arranged(value), log_volume.sum(-1), mask, site["scale"]), form.density
+
+
+def _is_elementwise(transform: Transform) -> bool:
+    return transform.domain.event_dim == transform.codomain.event_dim == 0
