@@ -323,15 +323,18 @@ class PVMC(SVI):
             return
         structure, is_new = self._look_at_data(arguments, params)
         check_indices(structure, params)
-        if is_new and not self._known:
+        if is_new and not self._known and not self._sets_up_by_shapes(structure):
             run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
 
     def _arguments(self, args, kwargs):
         return Arguments(args, kwargs | self.static_kwargs)
 
+    def _sets_up_by_shapes(self, structure):
+        return getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites
+
     def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
         """Let NumPyro look at program, guide and data."""
-        if getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites:
+        if self._sets_up_by_shapes(structure):
             self._is_refitted = bool(check_guide(structure, self.guide, arguments, init_params or {}).refitted_by)
             state = self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
             self.constrain_fn = self._constrain_fn_of_init
