@@ -100,12 +100,15 @@ def _edge(chain, number, apart):
         if not apart:
             return total
         of_one = parts(state_of_one, latent_of_one)
-        laws = jax.vmap(lambda state: parts(state, latent_of_one), out_axes=axis, axis_size=number)(before)
-        values = jax.vmap(lambda latent: parts(state_of_one, latent), out_axes=axis)(latent)
+        parameters_of = lambda state: {name: pair.parameters for name, pair in parts(state, latent_of_one).items()}
+        values_of = lambda latent: {name: (pair.value, pair.log_volume) for name, pair in parts(state_of_one, latent).items()}
+        parameters = jax.vmap(parameters_of, out_axes=axis, axis_size=number)(before)
+        values = jax.vmap(values_of, out_axes=axis)(latent)
         for name, (density, shared) in apart.items():
             here = of_one[name]
-            parameters = laws[name].parameters | {p: jnp.expand_dims(here.parameters[p], axis) for p in shared}
-            block = density(parameters, values[name].value, here.mask) + values[name].log_volume[..., None, :]
+            law = parameters[name] | {p: jnp.expand_dims(here.parameters[p], axis) for p in shared}
+            value, log_volume = values[name]
+            block = density(law, value, here.mask) + log_volume[..., None, :]
             block = block if here.scale is None else here.scale * block
             total = total + with_gradient_scale(chain, name, block) / structure.scale
         return total

@@ -30,6 +30,8 @@ def base_support(fn: dist.Distribution) -> constraints.Constraint | None:
 def is_bounded(fn: dist.Distribution) -> bool:
     """Whether a law does not have all real numbers; angles count as if they had.
 
+    Of a law that is transformed by several steps this is what the last step says, which may not know of the others.
+
     :param fn: a law.
     """
     # Bounds may be traced, and are not compared.

@@ -128,7 +128,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     def look(params, arguments):
         sites = run(guide, arguments, params, random.key(0), lambda _, scan: scanned.extend(_scanned(scan)))
         found.append({name: site for name, site in sites.items() if is_latent(site)})
-        bounded.update({name: is_bounded(site["fn"]) for name, site in found[0].items()})
+        bounded.update({name: _may_be_bounded(site["fn"]) for name, site in found[0].items()})
 
     jax.eval_shape(look, params, arguments)
     (sites,) = found
@@ -259,6 +259,10 @@ def _check_discrete(structure, missing):
                 "not known beforehand, so it cannot be summed over them. Sample it in the guide, as with "
                 "`numpyro.sample(name, dist.Poisson(rate))` whose rate, a parameter, has a leading time axis."
             )
+
+
+def _may_be_bounded(fn):
+    return isinstance(base_law(fn), dist.TransformedDistribution) or is_bounded(fn)
 
 
 def _check_guide_site(name, site, latent, steps, joint, is_bounded):
