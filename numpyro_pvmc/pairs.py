@@ -76,7 +76,9 @@ def pair_form(law: dist.Distribution) -> PairForm | None:
     """
     if type(law) not in _BY_BROADCASTING:
         return None
-    return univariate(law, lambda value, **parameters: type(law)(**parameters, validate_args=False).log_prob(value))
+    # With NumPyro's validation on, the density of what lies outside the support is zero.
+    again = functools.partial(type(law), validate_args=law._validate_args)
+    return univariate(law, lambda value, **parameters: again(**parameters).log_prob(value))
 
 
 def univariate(law: dist.Distribution, log_density: Callable[..., jax.Array]) -> PairForm:
@@ -238,6 +240,8 @@ def read_pair(site: Site, structure: Structure) -> tuple[Pair, Callable] | None:
             law = law.base_dist
         else:
             break
+    outside = jnp.isnan(value) & ~jnp.isnan(site["value"])  # of what the transforms reach
+    log_volume, value = jnp.where(outside, -jnp.inf, log_volume), jnp.where(outside, 0.0, value)
     mask, event = mask_of(site), len(law.event_shape)
     if form is None or (event and math.prod(shape) != math.prod(plate.size for plate in structure.plates) * shape[-1]):
         return None

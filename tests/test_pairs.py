@@ -33,6 +33,7 @@ LAWS = {
     "student": (lambda x, a: dist.StudentT(4.0, a * x, 0.4).to_event(1), True),
     "laplace": (lambda x, a: dist.Laplace(a * x, 0.4).to_event(1), True),
     "log_normal": (lambda x, a: dist.LogNormal(a * jnp.log(positive(x)), 0.4).to_event(1), True),
+    "uniform_that_moves": (lambda x, a: dist.Uniform(a * x - 0.5, a * x + 0.5).to_event(1), True),
     "gamma": (lambda x, a: dist.Gamma(2.0, positive(a * x)).to_event(1), True),
     "transformed": (
         lambda x, a: dist.TransformedDistribution(
