@@ -107,6 +107,7 @@ def _(law: dist.Normal):
             there = mask[..., None, :]
             loc, rate, log_scale = (jnp.where(there, x, 0.0) for x in (loc, rate, log_scale))
             value = jnp.where(there, value, 0.0)
+        loc = jnp.broadcast_to(loc, jnp.broadcast_shapes(loc.shape, rate.shape))
         return -0.5 * _squares(loc, rate, value) - log_scale.sum(-1)[..., None]
 
     return PairForm({"loc": law.loc, "scale": law.scale}, density)
@@ -197,12 +198,15 @@ def _pull_back_squares(kept, cotangent):
     of_value = there * to_value[..., number:] - to_value[..., :number]
     of_loc = weight * (here * to_loc[..., number:] - to_loc[..., :number])
 
-    def of_component(parameters, value, mask):
-        return (cotangent * jnp.square(value[..., None, :] - parameters[..., :, None])).sum(-1)
+    def of_component(one):
+        loc, value = one
+        return (cotangent * jnp.square(value[..., None, :] - loc[..., :, None])).sum(-1)
 
-    components = [of_component(loc[..., i], value[..., i], None) for i in range(number)]
-    of_rate = 2 * rate * _summed_to(jnp.stack(components, -1), rate.shape)
-    return of_loc, of_rate, of_value
+    if number <= _UNROLLED:
+        squares = jnp.stack([of_component((loc[..., i], value[..., i])) for i in range(number)], -1)
+    else:
+        squares = jnp.moveaxis(lax.map(of_component, (jnp.moveaxis(loc, -1, 0), jnp.moveaxis(value, -1, 0))), 0, -1)
+    return of_loc, 2 * rate * _summed_to(squares, rate.shape), of_value
 
 
 def _summed_to(x, shape):

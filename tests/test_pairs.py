@@ -24,6 +24,7 @@ positive = lambda x: jax.nn.softplus(x) + 0.1
 LAWS = {
     "normal": (lambda x, a: dist.Normal(a * x, 0.3).to_event(1), True),
     "normal_whose_scale_moves": (lambda x, a: dist.Normal(a * x, positive(a * x)).to_event(1), True),
+    "scale_that_moves": (lambda x, a: dist.Normal(a, positive(x)).to_event(1), True),
     "normal_expanded": (lambda x, a: dist.Normal(a * x.sum(), 0.3).expand((N,)).to_event(1), True),
     "multivariate": (lambda x, a: dist.MultivariateNormal(a * x, scale_tril=TRIL), True),
     "multivariate_by_covariance": (lambda x, a: dist.MultivariateNormal(a * x, TRIL @ TRIL.T + a**2 * jnp.eye(N)), True),

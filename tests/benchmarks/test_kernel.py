@@ -16,8 +16,9 @@ from floor import exponentials, pairs, seconds
 from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.drawing import draw, sites_to_draw
 from numpyro_pvmc.potentials import propose
-from numpyro_pvmc.program import Arguments, draw
+from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.smoothing import Edges, log_normalizer, marginals
 
 LONG_RUNS = True  # else XLA would leave out the optimisations that are measured here
@@ -73,7 +74,8 @@ def measure(benchmark):
 def test_draws(measure, y, params):
     """Particles alone: in `test_value_and_gradient` and `test_update`, not in the others."""
     arguments = Arguments((y,), {})
-    measure(jax.jit(lambda params, key: draw(guide, arguments, params, key, ("x_0", "x"), K)[0]), params, jax.random.key(0))
+    drawn = sites_to_draw(read_structure(model, arguments, params))
+    measure(jax.jit(lambda params, key: draw(guide, arguments, params, key, drawn, K)[0]), params, jax.random.key(0))
 
 
 @pytest.mark.parametrize("weigh", [log_normalizer, marginals], ids=["log_normalizer", "marginals"])
