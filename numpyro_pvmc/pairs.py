@@ -89,11 +89,12 @@ def univariate(law: dist.Distribution, log_density: Callable[..., jax.Array]) ->
     """
 
     def density(parameters, value, mask):
-        def of_component(parameters, value, mask):
+        def of_component(one):
+            parameters, value, mask = one
             terms = log_density(value[..., None, :], **{name: x[..., :, None] for name, x in parameters.items()})
             return terms if mask is None else jnp.where(mask[..., None, None], terms, 0.0)
 
-        return _sum_over_components(of_component, parameters, value, mask)
+        return _sum_over_components(of_component, (parameters, value, mask))
 
     return PairForm({name: getattr(law, name) for name in type(law).arg_constraints}, density)
 
@@ -156,14 +157,14 @@ def _whitened(tril, components):
     return found
 
 
-def _sum_over_components(function, parameters, value, mask):
-    number = value.shape[-1]
-    arrays = parameters, value, mask
+def _sum_over_components(function, arrays):
+    """The sum of `function` over the last axis of arrays."""
+    number = jax.tree.leaves(arrays)[0].shape[-1]
     if number <= _UNROLLED:
-        terms = [function(*jax.tree.map(lambda x, i=i: x[..., i], arrays)) for i in range(number)]
+        terms = [function(jax.tree.map(lambda x, i=i: x[..., i], arrays)) for i in range(number)]
         return sum(terms[1:], start=terms[0])
-    step = jax.checkpoint(lambda total, one: (total + function(*one), None))
-    first = jax.eval_shape(function, *jax.tree.map(lambda x: x[..., 0], arrays))
+    step = jax.checkpoint(lambda total, one: (total + function(one), None))
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[..., 0], arrays))
     return lax.scan(step, jnp.zeros(first.shape, first.dtype), jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), arrays))[0]
 
 
@@ -174,10 +175,11 @@ def _squares(loc, rate, value):
     By differences, which keep their digits however far particles lie from each other.
     """
 
-    def of_component(parameters, value, mask):
-        return jnp.square(parameters["rate"][..., :, None] * (value[..., None, :] - parameters["loc"][..., :, None]))
+    def of_component(one):
+        loc, rate, value = one
+        return jnp.square(rate[..., :, None] * (value[..., None, :] - loc[..., :, None]))
 
-    return _sum_over_components(of_component, {"loc": loc, "rate": rate}, value, None)
+    return _sum_over_components(of_component, (loc, rate, value))
 
 
 def _pull_back_squares(kept, cotangent):

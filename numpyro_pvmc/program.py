@@ -158,7 +158,10 @@ _PROBE = "_scan_probe"
 
 
 class _AtScan(Messenger):
-    """Hands each scan to a function, which may return ``(last carry, outputs, sites)`` in place of running it."""
+    """Hands each scan to a function, which may return ``(last carry, outputs, sites)`` in place of running it.
+
+    On the way it looks at the indices of plates, which may be given and not fit.
+    """
 
     def __init__(self, at_scan):
         self.at_scan = at_scan

@@ -265,7 +265,7 @@ def _may_be_bounded(fn):
     return isinstance(base_law(fn), dist.TransformedDistribution) or is_bounded(fn)
 
 
-def _check_guide_site(name, site, latent, steps, joint, is_bounded):
+def _check_guide_site(name, site, latent, steps, joint, may_be_bounded):
     fn, shape = site["fn"], tuple(site["fn"].shape())
     if isinstance(base_law(fn), dist.Delta):
         raise ValueError(
@@ -286,7 +286,7 @@ def _check_guide_site(name, site, latent, steps, joint, is_bounded):
             f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, is {kinds[of_guide]}, and the model's is "
             f"{kinds[discrete]}: give it one on the same values."
         )
-    if latent.is_bounded and not is_bounded:
+    if latent.is_bounded and not may_be_bounded:
         raise ValueError(
             f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, has all real numbers, and the model's not: "
             "some particles would have no density. Give the guide a law on the same values, such as a `LogNormal` for positive "

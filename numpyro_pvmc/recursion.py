@@ -178,7 +178,7 @@ def scaled(alpha: Float[Array, "*any K"]) -> tuple[Float[Array, "*any"], Float[A
     :param alpha: logs of weights.
     """
     total = logsumexp(alpha, -1)
-    return total, alpha - jnp.where(jnp.isneginf(total), 0.0, total)[..., None]
+    return total, alpha - finite(total)[..., None]
 
 
 def lazy(edge: Float[Array, "S *batch K K"] | Edges) -> Edges:
