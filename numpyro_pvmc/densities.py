@@ -68,22 +68,20 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
         )
 
     before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
-    inputs = chain.inputs, before, particles.steps
-    apart = _read_apart(chain, *jax.tree.map(lambda x: x[0], inputs)) if put_together else {}
-    return log_p, Edges(_edge(chain, number, apart), inputs)
+    return log_p, _edges(chain, number, (chain.inputs, before, particles.steps), put_together)
 
 
-def _edge(chain, number, apart):
-    """The function that computes a block of pairs.
+def _edges(chain, number, inputs, put_together):
+    """Blocks of pairs.
 
-    Factors whose law reads what was before, and whose value is what comes after, are put together from J laws and K values; all
-    others are evaluated at every pair.
+    Factors whose law reads what was before, and whose value is what comes after, are put together from J laws and K values,
+    which are evaluated for all steps at once; all other factors are evaluated at every pair, one step after the other.
     """
     structure = chain.structure
+    apart = _read_apart(chain, *jax.tree.map(lambda x: x[0], inputs)) if put_together else {}
     others = tuple(name for name in structure.edge_factors if name not in apart)
-    axis = len(structure.plates)
 
-    def edge(inputs):
+    def prepared(inputs):
         inputs, before, latent = inputs
         state_of_one, latent_of_one = (jax.tree.map(lambda x: x[0], values) for values in (before, latent))
 
@@ -91,49 +89,58 @@ def _edge(chain, number, apart):
             _, _, sites = sites_of_step(chain, inputs, state, latent)
             return {name: read_pair(sites[name], structure)[0] for name in apart}
 
+        of_one = parts(state_of_one, latent_of_one)
+        parameters_of = lambda state: {name: pair.parameters for name, pair in parts(state, latent_of_one).items()}
+        values_of = lambda latent: {name: (pair.value, pair.log_volume) for name, pair in parts(state_of_one, latent).items()}
+        parameters = jax.vmap(parameters_of, out_axes=-1, axis_size=number)(before)
+        values = jax.vmap(values_of, out_axes=-1)(latent)
+        ready = {}
+        for name, (form, shared) in apart.items():
+            here = of_one[name]
+            law = parameters[name] | {p: here.parameters[p][..., None] for p in shared}
+            value, log_volume = values[name]
+            ready[name] = form.prepare(law, value, here.mask), log_volume, here.scale
+        return ready
+
+    def block(inputs):
+        raw, ready = inputs
         total = jnp.zeros([*(plate.size for plate in structure.plates), number, number])
         if others:
+            inputs, before, latent = raw
             pair = lambda state, latent: log_density(chain, sites_of_step(chain, inputs, state, latent)[2], others)
             to_all = jax.vmap(pair, in_axes=(None, 0), out_axes=-1)
             # A chain may have no state: then no leaf says how many particles there are before.
             total = jax.vmap(to_all, in_axes=(0, None), out_axes=-2, axis_size=number)(before, latent)
-        if not apart:
-            return total
-        of_one = parts(state_of_one, latent_of_one)
-        parameters_of = lambda state: {name: pair.parameters for name, pair in parts(state, latent_of_one).items()}
-        values_of = lambda latent: {name: (pair.value, pair.log_volume) for name, pair in parts(state_of_one, latent).items()}
-        parameters = jax.vmap(parameters_of, out_axes=axis, axis_size=number)(before)
-        values = jax.vmap(values_of, out_axes=axis)(latent)
-        for name, (density, shared) in apart.items():
-            here = of_one[name]
-            law = parameters[name] | {p: jnp.expand_dims(here.parameters[p], axis) for p in shared}
-            value, log_volume = values[name]
-            block = density(law, value, here.mask) + log_volume[..., None, :]
-            block = block if here.scale is None else here.scale * block
-            total = total + with_gradient_scale(chain, name, block) / structure.scale
+        for name, (form, _) in apart.items():
+            laws_and_values, log_volume, scale = ready[name]
+            of_site = form.density(laws_and_values) + log_volume[..., None, :]
+            of_site = of_site if scale is None else scale * of_site
+            total = total + with_gradient_scale(chain, name, of_site) / structure.scale
         return total
 
-    return edge
+    if not apart:
+        return Edges(block, (inputs, {}))
+    return Edges(block, (inputs if others else (), jax.vmap(prepared)(inputs)))
 
 
 def _read_apart(chain, inputs, before, latent):
     """Factors of pairs that can be put together, by name: how, and which parameters do not read the state before."""
-    densities = {}
+    forms = {}
 
     def look(parts):
         _, _, sites = sites_of_step(chain, inputs, parts["state"], parts["latent"])
         read = {name: read_pair(sites[name], chain.structure) for name in chain.structure.edge_factors}
-        densities.update({name: pair[1] for name, pair in read.items() if pair is not None})
+        forms.update({name: pair[1] for name, pair in read.items() if pair is not None})
         return {name: pair[0]._asdict() for name, pair in read.items() if pair is not None}
 
     one = lambda values: jax.tree.map(lambda x: x[0], values)
     read = influence(look, {"state": one(before), "latent": one(latent)})
     apart = {}
-    for name, density in densities.items():
+    for name, form in forms.items():
         by_state, by_latent = read["state"][name], read["latent"][name]
         reads = lambda what, *parts: any(jax.tree.leaves([what[part] for part in parts]))
         if not (reads(by_latent, "parameters", "mask", "scale") or reads(by_state, "value", "log_volume", "mask", "scale")):
-            apart[name] = density, {p for p, is_read in by_state["parameters"].items() if not is_read}
+            apart[name] = form, {p for p, is_read in by_state["parameters"].items() if not is_read}
     return apart
 
 

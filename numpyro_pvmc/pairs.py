@@ -12,7 +12,7 @@ Laws without a form of their own are left to the generic way. One line registers
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from numpyro_pvmc.laws import WRAPPERS
 from numpyro_pvmc.program import Site, mask_of
 from numpyro_pvmc.structure import Structure
 
+_HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 _UNROLLED = 16  # components that are summed one after the other in the program, not in a loop
 
 _BY_BROADCASTING = (
@@ -50,16 +51,18 @@ class PairForm(NamedTuple):
     """How to compute the log densities of pairs.
 
     `parameters` are those of a law, and broadcast to its shape ``(*batch, *event)``; they may have further axes at the end.
-    ``density(parameters, value, mask)`` has shape ``(*plates, J, K)``, for parameters of shape ``(*plates, J, n, ...)``, with 1
-    in place of J where they are the same for all, a value ``(*plates, K, n)``, and a mask ``(*plates, n)`` or ``None``.
+    ``prepare(parameters, value, mask)`` does what takes time J or K, for parameters of shape ``(*plates, n, ..., J)``, with 1
+    in place of J where they are the same for all, a value ``(*plates, n, K)``, and a mask ``(*plates, n, 1)`` or ``None``.
+    ``density(prepared)`` has shape ``(*plates, J, K)``.
     """
 
     parameters: dict[str, jax.Array]
-    density: Callable[[dict[str, jax.Array], jax.Array, jax.Array | None], jax.Array]
+    prepare: Callable[[dict[str, jax.Array], jax.Array, jax.Array | None], Any]
+    density: Callable[[Any], jax.Array]
 
 
 class Pair(NamedTuple):
-    """One site of a step, for one particle before and one after, arranged as :class:`PairForm` wants it, but for J and K."""
+    """One site of a step, for one particle before and one after, arranged as for :class:`PairForm`, but for the last axis."""
 
     parameters: dict[str, jax.Array]
     value: jax.Array
@@ -88,30 +91,22 @@ def univariate(law: dist.Distribution, log_density: Callable[..., jax.Array]) ->
     :param log_density: takes a value, and the parameters by name, and works by broadcasting.
     """
 
-    def density(parameters, value, mask):
-        def of_component(one):
-            parameters, value, mask = one
-            terms = log_density(value[..., None, :], **{name: x[..., :, None] for name, x in parameters.items()})
-            return terms if mask is None else jnp.where(mask[..., None, None], terms, 0.0)
+    def of_component(one):
+        parameters, value, mask = one
+        terms = log_density(value[..., None, :], **{name: x[..., :, None] for name, x in parameters.items()})
+        return terms if mask is None else jnp.where(mask[..., None], terms, 0.0)
 
-        return _sum_over_components(of_component, (parameters, value, mask))
-
-    return PairForm({name: getattr(law, name) for name in type(law).arg_constraints}, density)
+    parameters = {name: getattr(law, name) for name in type(law).arg_constraints}
+    return PairForm(parameters, lambda *parts: parts, lambda parts: _sum_over_components(of_component, parts))
 
 
 @pair_form.register
 def _(law: dist.Normal):
-    def density(parameters, value, mask):
+    def prepare(parameters, value, mask):
         loc, scale = parameters["loc"], parameters["scale"]
-        rate, log_scale = 1 / scale, jnp.log(scale) + 0.5 * math.log(2 * math.pi)
-        if mask is not None:
-            there = mask[..., None, :]
-            loc, rate, log_scale = (jnp.where(there, x, 0.0) for x in (loc, rate, log_scale))
-            value = jnp.where(there, value, 0.0)
-        loc = jnp.broadcast_to(loc, jnp.broadcast_shapes(loc.shape, rate.shape))
-        return -0.5 * _squares(loc, rate, value) - log_scale.sum(-1)[..., None]
+        return _standardised(loc, 1 / scale, value, jnp.log(scale), mask)
 
-    return PairForm({"loc": law.loc, "scale": law.scale}, density)
+    return PairForm({"loc": law.loc, "scale": law.scale}, prepare, _normal)
 
 
 @pair_form.register
@@ -128,44 +123,62 @@ def _multivariate_normal(loc, tril):
     if loc.shape[-1] > _UNROLLED:
         return None
 
-    def density(parameters, value, mask):
+    def prepare(parameters, value, mask):
         loc, tril = parameters["loc"], parameters["tril"].astype(jnp.result_type(value, *parameters.values()))
-        diagonal = jnp.diagonal(tril, axis1=-2, axis2=-1)
-        log_scale = (jnp.log(diagonal) + 0.5 * math.log(2 * math.pi)).sum(-1)[..., None]
-        if tril.shape[-3] == 1:
-            # Distances are those of whitened points. Whitening far from the origin would round them off.
-            origin = lax.stop_gradient(value.mean(-2, keepdims=True))
-            loc, value = (jnp.stack(_whitened(tril, _components(x - origin)), -1) for x in (loc, value))
-            terms = -0.5 * _squares(loc, jnp.ones_like(loc[..., :1, :]), value) - log_scale
-        else:
-            apart = [x[..., None, :] - m[..., :, None] for x, m in zip(_components(value), _components(loc), strict=True)]
-            terms = -0.5 * sum(jnp.square(x) for x in _whitened(tril[..., None, :, :], apart)) - log_scale
-        return terms if mask is None else jnp.where(mask[..., :1, None], terms, 0.0)
+        log_diagonal = jnp.log(jnp.diagonal(tril, axis1=-3, axis2=-2)).swapaxes(-1, -2)
+        if tril.shape[-1] > 1:
+            return loc, tril, value, log_diagonal, mask
+        # Distances are those of whitened points. Whitening far from the origin would round them off.
+        origin = lax.stop_gradient(value.mean(-1, keepdims=True))
+        entry = lambda i, j: tril[..., i, j, :]
+        loc, value = (jnp.stack(_whitened(entry, _components(x - origin)), -2) for x in (loc, value))
+        return _standardised(loc, jnp.ones_like(loc[..., :1]), value, log_diagonal, mask)
 
-    return PairForm({"loc": loc, "tril": tril}, density)
+    def density(prepared):
+        if len(prepared) == 4:
+            return _normal(prepared)
+        loc, tril, value, log_diagonal, mask = prepared
+        apart = [x[..., None, :] - m[..., :, None] for x, m in zip(_components(value), _components(loc), strict=True)]
+        squares = sum(jnp.square(x) for x in _whitened(lambda i, j: tril[..., i, j, :, None], apart))
+        terms = -0.5 * squares - (log_diagonal + _HALF_LOG_2_PI).sum(-2)[..., None]
+        return terms if mask is None else jnp.where(mask[..., :1, :], terms, 0.0)
+
+    return PairForm({"loc": loc, "tril": tril}, prepare, density)
+
+
+def _standardised(loc, rate, value, log_scale, mask):
+    log_scale = log_scale + _HALF_LOG_2_PI
+    if mask is not None:
+        loc, rate, value, log_scale = (jnp.where(mask, x, 0.0) for x in (loc, rate, value, log_scale))
+    return jnp.broadcast_to(loc, jnp.broadcast_shapes(loc.shape, rate.shape)), rate, value, log_scale.sum(-2)
+
+
+def _normal(prepared):
+    loc, rate, value, log_scale = prepared
+    return -0.5 * _squares(loc, rate, value) - log_scale[..., None]
 
 
 def _components(x):
-    return [x[..., i] for i in range(x.shape[-1])]
+    return [x[..., i, :] for i in range(x.shape[-2])]
 
 
-def _whitened(tril, components):
+def _whitened(entry, components):
     """Forward substitution, component by component: no call of a library for each of many small systems."""
     found = []
     for i, x in enumerate(components):
-        found.append((x - sum(tril[..., i, j] * y for j, y in enumerate(found))) / tril[..., i, i])
+        found.append((x - sum(entry(i, j) * y for j, y in enumerate(found))) / entry(i, i))
     return found
 
 
 def _sum_over_components(function, arrays):
-    """The sum of `function` over the last axis of arrays."""
-    number = jax.tree.leaves(arrays)[0].shape[-1]
+    """The sum of `function` over the last axis but one of arrays."""
+    number = jax.tree.leaves(arrays)[0].shape[-2]
     if number <= _UNROLLED:
-        terms = [function(jax.tree.map(lambda x, i=i: x[..., i], arrays)) for i in range(number)]
+        terms = [function(jax.tree.map(lambda x, i=i: x[..., i, :], arrays)) for i in range(number)]
         return sum(terms[1:], start=terms[0])
     step = jax.checkpoint(lambda total, one: (total + function(one), None))
-    first = jax.eval_shape(function, jax.tree.map(lambda x: x[..., 0], arrays))
-    return lax.scan(step, jnp.zeros(first.shape, first.dtype), jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), arrays))[0]
+    first = jax.eval_shape(function, jax.tree.map(lambda x: x[..., 0, :], arrays))
+    return lax.scan(step, jnp.zeros(first.shape, first.dtype), jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), arrays))[0]
 
 
 @jax.custom_vjp
@@ -189,25 +202,23 @@ def _pull_back_squares(kept, cotangent):
     by `rate` is quadratic, and is summed by differences.
     """
     loc, rate, value = kept
-    origin = lax.stop_gradient(value.mean(-2, keepdims=True))
+    origin = lax.stop_gradient(value.mean(-1, keepdims=True))
     here, there, weight = loc - origin, value - origin, 2 * jnp.square(rate)
-    with_one = lambda x: jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
-    # Rows times rows: the order in which a matrix product reads memory as it lies.
-    before = jnp.concatenate([jnp.broadcast_to(weight * here, loc.shape), jnp.broadcast_to(weight, loc.shape)], -1)
-    to_value = jnp.swapaxes(jnp.einsum("...nj,...jk->...nk", jnp.swapaxes(before, -1, -2), cotangent), -1, -2)
-    to_loc = jnp.einsum("...jk,...kn->...jn", cotangent, with_one(there))
-    number = loc.shape[-1]
-    of_value = there * to_value[..., number:] - to_value[..., :number]
-    of_loc = weight * (here * to_loc[..., number:] - to_loc[..., :number])
+    number = loc.shape[-2]
+    before = jnp.concatenate([weight * here, jnp.broadcast_to(weight, loc.shape)], -2)
+    to_value = jnp.einsum("...nj,...jk->...nk", before, cotangent)
+    to_loc = jnp.einsum("...nk,...jk->...nj", jnp.concatenate([there, jnp.ones_like(there[..., :1, :])], -2), cotangent)
+    of_value = there * to_value[..., number:, :] - to_value[..., :number, :]
+    of_loc = weight * (here * to_loc[..., number:, :] - to_loc[..., :number, :])
 
     def of_component(one):
         loc, value = one
         return (cotangent * jnp.square(value[..., None, :] - loc[..., :, None])).sum(-1)
 
     if number <= _UNROLLED:
-        squares = jnp.stack([of_component((loc[..., i], value[..., i])) for i in range(number)], -1)
+        squares = jnp.stack([of_component((loc[..., i, :], value[..., i, :])) for i in range(number)], -2)
     else:
-        squares = jnp.moveaxis(lax.map(of_component, (jnp.moveaxis(loc, -1, 0), jnp.moveaxis(value, -1, 0))), 0, -1)
+        squares = jnp.moveaxis(lax.map(of_component, (jnp.moveaxis(loc, -2, 0), jnp.moveaxis(value, -2, 0))), 0, -2)
     return of_loc, 2 * rate * _summed_to(squares, rate.shape), of_value
 
 
@@ -219,12 +230,12 @@ def _summed_to(x, shape):
 _squares.defvjp(lambda loc, rate, value: (_squares(loc, rate, value), (loc, rate, value)), _pull_back_squares)
 
 
-def read_pair(site: Site, structure: Structure) -> tuple[Pair, Callable] | None:
+def read_pair(site: Site, structure: Structure) -> tuple[Pair, PairForm] | None:
     """A site of a step, arranged for the log densities of pairs.
 
     :param site: a sample site.
     :param structure: the structure of the chain.
-    :return: its parts, and the function that computes log densities from them; ``None`` if there is only the generic way.
+    :return: its parts, and how to compute log densities from them; ``None`` if there is only the generic way.
     """
     fn, shape, value = site["fn"], site["fn"].shape(), site["value"]
     if site["scale"] is not None and jnp.ndim(site["scale"]):
@@ -265,10 +276,10 @@ def read_pair(site: Site, structure: Structure) -> tuple[Pair, Callable] | None:
     log_volume = arranged(log_volume)
     if mask is not None:
         mask = arranged(jnp.reshape(mask, jnp.shape(mask) + (1,) * fn.event_dim))
-        log_volume = jnp.where(mask, log_volume, 0.0)
+        log_volume, mask = jnp.where(mask, log_volume, 0.0), mask[..., None]
     trailing = lambda name, x: x.shape[-1:] if event and name != "loc" else ()
     parameters = {name: arranged(x, trailing(name, x)) for name, x in form.parameters.items()}
-    return Pair(parameters, arranged(value), log_volume.sum(-1), mask, site["scale"]), form.density
+    return Pair(parameters, arranged(value), log_volume.sum(-1), mask, site["scale"]), form
 
 
 def _is_elementwise(transform: Transform) -> bool:

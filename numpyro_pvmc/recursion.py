@@ -54,7 +54,7 @@ def forward(
         return (log_z, alpha), alpha
 
     start = scaled(node[0])
-    (log_z, _), rest = lax.scan(step, start, (node[1:], present[1:], inputs))
+    (log_z, _), rest = scan_reading_ahead(step, start, (node[1:], present[1:], inputs))
     # A chain that ends without mass has no weights, whatever the points before the end had.
     log_z = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z)
     return log_z, jnp.concatenate([start[1][None], rest])
@@ -130,7 +130,8 @@ def sequential(
         # A chain without a possible trajectory has no weights.
         last = jnp.where(jnp.isneginf(log_z), 0.0, cotangent)[..., None] * jnp.exp(alpha[-1])
         start = last, jax.tree.map(jnp.zeros_like, constants)
-        (first, of_constants), (rest, of_real) = lax.scan(step, start, (alpha[:-1], real, fixed), reverse=True)
+        kept = alpha[:-1], real, fixed
+        (first, of_constants), (rest, of_real) = scan_reading_ahead(step, start, kept, reverse=True)
         of_fixed = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in fixed]
         return jnp.concatenate([first[None], rest]), of_real, of_constants, of_fixed
 
@@ -165,8 +166,34 @@ def backward(
         return beta, beta
 
     last = jnp.zeros_like(node[0])
-    _, rest = lax.scan(step, last, (node[1:], present[1:], inputs), reverse=True)
+    _, rest = scan_reading_ahead(step, last, (node[1:], present[1:], inputs), reverse=True)
     return jnp.concatenate([rest, last[None]])
+
+
+def scan_reading_ahead(step: Callable, start: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """`lax.scan`, but that on a CPU the inputs of a step are read by the step before it.
+
+    A step that slices its inputs itself has XLA do so in the loop over its pairs, which is then not vectorised: the number of
+    the step is read anew for each pair, since the compiler cannot know that writing a result leaves it as it is.
+
+    :param step: as for `lax.scan`.
+    :param start: the carry of the first step.
+    :param inputs: what the steps read, a pytree with leading axis S.
+    :param reverse: whether to go from the last step to the first.
+    :return: the last carry, and what the steps return.
+    """
+    if not len(jax.tree.leaves(inputs)[0]) or jax.default_backend() != "cpu":
+        return lax.scan(step, start, inputs, reverse=reverse)
+
+    def step_and_read(carry, later):
+        state, now = carry
+        state, result = step(state, now)
+        return (state, later), result
+
+    first = jax.tree.map(lambda x: x[-1 if reverse else 0], inputs)
+    shifted = jax.tree.map(lambda x: jnp.roll(x, 1 if reverse else -1, 0), inputs)
+    (last, _), results = lax.scan(step_and_read, (start, first), shifted, reverse=reverse)
+    return last, results
 
 
 def scaled(alpha: Float[Array, "*any K"]) -> tuple[Float[Array, "*any"], Float[Array, "*any K"]]:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from numpyro_pvmc.recursion import Edges, backward, forward, lazy, scaled, sequential
+from numpyro_pvmc.recursion import Edges, backward, forward, lazy, scaled, scan_reading_ahead, sequential
 from numpyro_pvmc.semiring import logmatmulexp, logsumexp
 
 METHODS = ("auto", "sequential", "associative")
@@ -230,7 +230,8 @@ def sample_backward(
         return earlier, earlier
 
     keys = jax.random.split(key_rest, len(log_filtering_weights) - 1)
-    _, rest = lax.scan(step, last, (keys, log_filtering_weights[:-1], present[1:], inputs), reverse=True)
+    given = keys, log_filtering_weights[:-1], present[1:], inputs
+    _, rest = scan_reading_ahead(step, last, given, reverse=True)
     return jnp.moveaxis(jnp.concatenate([rest, last[None]]), 0, len(sample_shape))
 
 
