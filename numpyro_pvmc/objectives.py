@@ -30,7 +30,7 @@ class ImportanceSmoothedELBO(ELBO):
     :param gradient: how the guide learns. ``"doubly_reparam"``: an unbiased gradient of the bound whose signal grows with
         K. ``"reparam"``: the plain gradient of the bound, whose signal vanishes as K grows. ``"sticking"``: the plain
         gradient with the parameters of log q held fixed, as in the experiments of the PVMC paper; biased for K > 1.
-    :param method: how trajectories are summed, ``"sequential"``, ``"associative"`` or ``"auto"``; see
+    :param method: how trajectories are summed, ``"sequential"``, ``"blocked"``, ``"associative"`` or ``"auto"``; see
         :func:`numpyro_pvmc.smoothing.log_normalizer`.
     :param particles: ``"rqmc"``, draws of a step that are evenly spread, which keeps the estimate unbiased and makes it several
         times more accurate (:mod:`numpyro_pvmc.quasirandom`); where the guide's law has no quantile function they are

@@ -13,7 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from numpyro_pvmc.semiring import finite, logsumexp
+from numpyro_pvmc.blocks import Blocks, ends, products, starts
+from numpyro_pvmc.semiring import finite, less_largest, logsumexp
 
 
 class Edges(NamedTuple):
@@ -28,40 +29,58 @@ class Edges(NamedTuple):
 
 
 def forward(
-    node: Float[Array, "T *batch K"], edge: Float[Array, "S *batch K K"] | Edges, mask: Bool[Array, "T *batch"] | None
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None,
+    number_of_blocks: int = 1,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "T *batch K"]]:
     """Forwards over the points.
 
     :param node: potentials of the points.
     :param edge: potentials of the transitions.
     :param mask: which points are present.
-    :return: the log normalizer; alpha, the log of the total weight of all beginnings of trajectories up to each particle, up to
-        a constant of each point.
+    :param number_of_blocks: how many stretches of the chain are gone through at once.
+    :return: the log normalizer; alpha, the log of the total weight of all beginnings of trajectories up to each particle,
+        normalised.
     """
-    function, inputs = lazy(edge)
-    present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
+    log_z, alpha, _ = _forward(node, *lazy(edge), mask, Blocks(len(node) - 1, number_of_blocks))
+    return log_z, scaled(alpha)[1]
+
+
+def _forward(node, function, inputs, mask, blocks):
+    """The log normalizer, alpha up to a constant of each point, and the blocks' products, if there are several."""
+    first, start = less_largest(node[0])
+    function, inputs = blocks.at_once(function), blocks.cut(inputs)
+    nodes, present = blocks.cut(node[1:]), blocks.cut_mask(mask, node.shape[1:-1])
+    of_blocks = None if blocks.number == 1 else products(function, inputs, nodes, present)
+    before = start if of_blocks is None else starts(start, of_blocks)
 
     @jax.checkpoint  # without it the backward pass would keep all S blocks of K x K
     def step(carry, inputs):
-        log_z, alpha = carry
+        total, alpha = carry
         node, present, edge_inputs = inputs
         edge = function(edge_inputs).astype(node.dtype)
-        if mask is not None:
+        if present is not None:
             # What stands in padding may be nan, and nan times a cotangent of zero is nan.
             node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
-        gain, moved = scaled(node + logsumexp(alpha[..., :, None] + edge, -2))
-        log_z, alpha = jnp.where(present, log_z + gain, log_z), jnp.where(present[..., None], moved, alpha)
-        return (log_z, alpha), alpha
+        gain, moved = less_largest(node + logsumexp(alpha[..., :, None] + edge, -2))
+        if present is not None:
+            gain, moved = jnp.where(present, gain, 0.0), jnp.where(present[..., None], moved, alpha)
+        return (total + gain, moved), moved
 
-    start = scaled(node[0])
-    (log_z, _), rest = scan_reading_ahead(step, start, (node[1:], present[1:], inputs))
-    # A chain that ends without mass has no weights, whatever the points before the end had.
-    log_z = jnp.where(jnp.isneginf(log_z), -jnp.inf, log_z)
-    return log_z, jnp.concatenate([start[1][None], rest])
+    (gains, last), rest = scan_reading_ahead(step, (jnp.zeros_like(before[..., 0]), before), (nodes, present, inputs))
+    if of_blocks is not None:
+        gains, last = gains.sum(0), last[-1]
+    # A chain that ends without mass has no weights, whatever the points before the end had: then this is -inf.
+    log_z = first + gains + logsumexp(last, -1)
+    return log_z, jnp.concatenate([start[None], blocks.join(rest)]), of_blocks
 
 
-def sequential(
-    node: Float[Array, "T *batch K"], edge: Float[Array, "S *batch K K"] | Edges, mask: Bool[Array, "T *batch"] | None
+def log_sum_of_trajectories(
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None,
+    number_of_blocks: int = 1,
 ) -> Float[Array, "*batch"]:
     """The log normalizer, by one pass forwards; its gradient, by one pass backwards.
 
@@ -76,98 +95,108 @@ def sequential(
     :param node: potentials of the points.
     :param edge: potentials of the transitions.
     :param mask: which points are present.
+    :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: the log normalizer of each chain of the batch. It has derivatives of any order, in reverse mode.
     """
     if len(node) == 1:
         return logsumexp(node[0], -1)
+    blocks = Blocks(len(node) - 1, number_of_blocks)
     function, inputs = lazy(edge)
     function, constants = jax.closure_convert(function, jax.tree.map(lambda leaf: leaf[0], inputs))
-    leaves, treedef = jax.tree.flatten((inputs, jnp.ones(node.shape[:-1], bool)[1:] if mask is None else mask[1:]))
+    leaves, treedef = jax.tree.flatten(inputs)
     is_real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     real, fixed = ([leaf for leaf, is_kind in zip(leaves, is_real, strict=True) if is_kind == kind] for kind in (True, False))
 
-    def merged(real, fixed):
+    def of_transition(real, fixed, constants):
         real, fixed = iter(real), iter(fixed)
-        return jax.tree.unflatten(treedef, [next(real) if is_kind else next(fixed) for is_kind in is_real])
-
-    def forwards(node, real, constants, fixed):
-        inputs, present = merged(real, fixed)
-        present = None if mask is None else jnp.concatenate([jnp.ones_like(present[:1]), present])
-        return forward(node, Edges(lambda one: function(one, *constants), inputs), present)
+        return function(
+            jax.tree.unflatten(treedef, [next(real) if is_kind else next(fixed) for is_kind in is_real]), *constants
+        )
 
     @jax.custom_vjp
     def evaluate(*arguments):
-        return forwards(*arguments)[0]
+        return keep(*arguments)[0]
 
-    def keep(*arguments):
-        log_z, alpha = forwards(*arguments)
-        return log_z, (arguments, log_z, alpha)
+    def keep(node, real, constants, fixed, mask):
+        log_z, alpha, of_blocks = _forward(node, lambda one: of_transition(*one, constants), (real, fixed), mask, blocks)
+        last = alpha[-1] if of_blocks is None else blocks.cut(alpha[1:])[-1] + ends(of_blocks)
+        # A chain without a possible trajectory has no weights.
+        last = jnp.where(jnp.isneginf(log_z)[..., None], -jnp.inf, last)
+        return log_z, (real, constants, fixed, mask, alpha[:-1], last)
 
     def pull_back(kept, cotangent):
-        (_, real, constants, fixed), log_z, alpha = kept
+        real, constants, fixed, mask, alpha, last = kept
 
         @jax.checkpoint  # for derivatives of the derivative
-        def step(carry, inputs):
+        def step(carry, given):
             weights, of_constants = carry
-            alpha, real, fixed = inputs
-            _, present = merged(real, fixed)
+            alpha, present, real, fixed = given
 
             def block(real, constants):
-                edge = function(merged(real, fixed)[0], *constants).astype(alpha.dtype)
-                return edge if mask is None else jnp.where(present[..., None, None], edge, 0.0)
+                edge = blocks.at_once(lambda one: of_transition(*one, constants))((real, fixed)).astype(alpha.dtype)
+                return edge if present is None else jnp.where(present[..., None, None], edge, 0.0)
 
             edge, pull = jax.vjp(block, real, constants)
             joint = alpha[..., :, None] + edge
             shares = jnp.exp(joint - finite(joint.max(-2, keepdims=True)))
             total = shares.sum(-2)
-            pairs, own = shares * jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)[..., None, :], weights
-            if mask is not None:
-                pairs, own = jnp.where(present[..., None, None], pairs, 0.0), jnp.where(present[..., None], weights, 0.0)
+            pairs = shares * jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)[..., None, :]
+            if present is None:
+                own, before = weights, pairs.sum(-1)
+            else:
+                pairs = jnp.where(present[..., None, None], pairs, 0.0)
+                own, before = (jnp.where(present[..., None], *x) for x in ((weights, 0.0), (pairs.sum(-1), weights)))
             of_real, more = pull(pairs)
-            before = pairs.sum(-1) if mask is None else jnp.where(present[..., None], pairs.sum(-1), weights)
             return (before, jax.tree.map(jnp.add, of_constants, more)), (own, of_real)
 
-        # A chain without a possible trajectory has no weights.
-        last = jnp.where(jnp.isneginf(log_z), 0.0, cotangent)[..., None] * jnp.exp(alpha[-1])
-        start = last, jax.tree.map(jnp.zeros_like, constants)
-        kept = alpha[:-1], real, fixed
-        (first, of_constants), (rest, of_real) = scan_reading_ahead(step, start, kept, reverse=True)
-        of_fixed = [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in fixed]
-        return jnp.concatenate([first[None], rest]), of_real, of_constants, of_fixed
+        start = cotangent[..., None] * jnp.exp(scaled(last)[1]), jax.tree.map(jnp.zeros_like, constants)
+        given = blocks.cut(alpha), blocks.cut_mask(mask, alpha.shape[1:-1]), blocks.cut(real), blocks.cut(fixed)
+        (first, of_constants), results = scan_reading_ahead(step, start, given, reverse=True)
+        rest, of_real = blocks.join(results)
+        of_node = jnp.concatenate([first[None] if blocks.number == 1 else first[:1], rest])
+        none = lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0)
+        return of_node, of_real, of_constants, jax.tree.map(none, fixed), jax.tree.map(none, mask)
 
     evaluate.defvjp(keep, pull_back)
-    return evaluate(node, real, constants, fixed)
+    return evaluate(node, real, constants, fixed, mask)
 
 
 def backward(
-    node: Float[Array, "T *batch K"], edge: Float[Array, "S *batch K K"] | Edges, mask: Bool[Array, "T *batch"] | None
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None,
+    number_of_blocks: int = 1,
 ) -> Float[Array, "T *batch K"]:
     """Backwards over the points, for losses on the weights.
 
-    Differentiated through `jax.grad`, the gradient of :func:`sequential` would keep all S blocks of K x K, checkpointed or not.
+    Differentiated through `jax.grad`, the gradient of :func:`log_sum_of_trajectories` would keep all S blocks of K x K,
+    checkpointed or not.
 
     :param node: potentials of the points.
     :param edge: potentials of the transitions.
     :param mask: which points are present.
+    :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: beta, the log of the total weight of all ends of trajectories from each particle on, up to a constant of each
         point.
     """
+    blocks = Blocks(len(node) - 1, number_of_blocks)
     function, inputs = lazy(edge)
-    present = jnp.ones(node.shape[:-1], bool) if mask is None else mask
+    function, inputs = blocks.at_once(function), blocks.cut(inputs)
+    nodes, present = blocks.cut(node[1:]), blocks.cut_mask(mask, node.shape[1:-1])
 
     @jax.checkpoint
     def step(beta, inputs):
         node, present, edge_inputs = inputs
         edge = function(edge_inputs)
-        if mask is not None:
+        if present is not None:
             node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
-        _, moved = scaled(logsumexp(edge + (node + beta)[..., None, :], -1))
-        beta = jnp.where(present[..., None], moved, beta)
-        return beta, beta
+        _, moved = less_largest(logsumexp(edge + (node + beta)[..., None, :], -1))
+        moved = moved if present is None else jnp.where(present[..., None], moved, beta)
+        return moved, moved
 
-    last = jnp.zeros_like(node[0])
-    _, rest = scan_reading_ahead(step, last, (node[1:], present[1:], inputs), reverse=True)
-    return jnp.concatenate([rest, last[None]])
+    last = jnp.zeros_like(node[0]) if blocks.number == 1 else ends(products(function, inputs, nodes, present))
+    _, rest = scan_reading_ahead(step, last, (nodes, present, inputs), reverse=True)
+    return jnp.concatenate([blocks.join(rest), jnp.zeros_like(node[:1])])
 
 
 def scan_reading_ahead(step: Callable, start: Any, inputs: Any, reverse: bool = False) -> tuple[Any, Any]:
@@ -198,9 +227,6 @@ def scan_reading_ahead(step: Callable, start: Any, inputs: Any, reverse: bool = 
 
 def scaled(alpha: Float[Array, "*any K"]) -> tuple[Float[Array, "*any"], Float[Array, "*any K"]]:
     """The log of the sum of alpha, and alpha without it.
-
-    Carried with its scale, alpha would grow with T, and in float32 the differences between its elements, which are all that the
-    gradient reads, would drown in its rounding.
 
     :param alpha: logs of weights.
     """

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
@@ -66,3 +67,17 @@ def finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
     :param x: logarithms of non-negative numbers.
     """
     return jnp.where(jnp.isneginf(x), 0.0, x)
+
+
+def less_largest(x: Float[Array, "*any"], axis: int | tuple[int, ...] = -1) -> tuple[Float[Array, "..."], Float[Array, "*any"]]:
+    """The largest element, and the elements less it, as constants: where they are added up again, they cancel in a gradient.
+
+    Weights carried with their scale grow with the length of a chain, and in float32 the differences between them, which are all
+    that a gradient reads, would drown in the rounding.
+
+    :param x: logarithms of non-negative numbers.
+    :param axis: axes to look along.
+    :return: without these axes, the largest, or zero where there is no mass; the elements.
+    """
+    largest = lax.stop_gradient(finite(x.max(axis, keepdims=True)))
+    return largest.squeeze(axis), x - largest

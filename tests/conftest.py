@@ -5,7 +5,7 @@ import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook(
-    ["numpyro_pvmc.recursion", "numpyro_pvmc.semiring", "numpyro_pvmc.smoothing"], "beartype.beartype"
+    ["numpyro_pvmc.blocks", "numpyro_pvmc.recursion", "numpyro_pvmc.semiring", "numpyro_pvmc.smoothing"], "beartype.beartype"
 )
 
 

@@ -23,7 +23,7 @@ LATTICES = [  # T, batch, K, masked
     (4, (), 1, False),
     (1, (), 1, False),
 ]
-both_methods = pytest.mark.parametrize("method", ["sequential", "associative"])
+every_method = pytest.mark.parametrize("method", ["sequential", "blocked", "associative"])
 
 
 def random_chain(T, batch, K, masked=False, seed=0):
@@ -54,7 +54,7 @@ def everything(node, edge, mask, method):
     return smoothing.log_normalizer(*chain), smoothing.marginals(*chain), smoothing.pairwise_marginals(*chain)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize(("T", "batch", "K", "masked"), LATTICES)
 def test_enumeration(T, batch, K, masked, method, tolerance):
     node, edge, mask = random_chain(T, batch, K, masked, seed=K)
@@ -71,11 +71,12 @@ def test_enumeration(T, batch, K, masked, method, tolerance):
         assert_allclose(pairs[here], exact.pair_weights, **near)
 
 
-def test_the_two_speeds_are_one_number(x64):
+def test_all_speeds_are_one_number(x64):
     for T in (5, 8):
         node, edge, mask = random_chain(T, (2,), 3, masked=True, seed=T)
-        sequential, associative = (everything(node, edge, mask, method) for method in ("sequential", "associative"))
-        jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-14), sequential, associative)
+        sequential, *others = (everything(node, edge, mask, method) for method in ("sequential", "blocked", "associative"))
+        for other in others:
+            jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-14), sequential, other)
 
 
 def test_an_unknown_method_is_refused():
@@ -88,7 +89,7 @@ def test_one_particle_adds_up_the_potentials(x64):
     assert_allclose(smoothing.log_normalizer(node, edge), node.sum() + edge.sum(), rtol=1e-14)
 
 
-@both_methods
+@every_method
 def test_gradients_of_the_log_normalizer_are_the_marginals(x64, method):
     node, edge = finite_chain()
     slopes = jax.jit(jax.grad(partial(smoothing.log_normalizer, method=method), (0, 1)))
@@ -100,7 +101,7 @@ def test_gradients_of_the_log_normalizer_are_the_marginals(x64, method):
     assert_allclose(by_edge.sum(-2), by_node[1:], rtol=1e-12)
 
 
-@both_methods
+@every_method
 def test_gradients_by_finite_differences(x64, method):
     def log_normalizer(node, edge):
         return smoothing.log_normalizer(jnp.asarray(node), jnp.asarray(edge), method=method)
@@ -108,7 +109,7 @@ def test_gradients_by_finite_differences(x64, method):
     check_grads(jax.jit(log_normalizer), finite_chain(), order=2, modes=["rev"])
 
 
-@both_methods
+@every_method
 def test_gradients_of_a_smoothed_state_by_finite_differences(x64, method):
     """A loss on the smoothed state is a second derivative of the log normalizer."""
 
@@ -141,7 +142,7 @@ def test_particles_have_no_order(x64):
     assert_allclose(after.log_weights, before.log_weights[t, order], rtol=1e-12)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("step", [0, 2, 3])
 def test_an_impossible_chain(step, method):
     """No trajectory through one step: -inf, no weights, no gradients; the chain beside it in the batch is untouched."""
@@ -158,7 +159,7 @@ def test_an_impossible_chain(step, method):
     assert_allclose(np.exp(marginals.log_filtering_weights[:, 0]), filtering, atol=1e-4)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("gap", [INF, 300.0], ids=["impossible", "underflow"])
 def test_a_loss_on_the_weights_has_finite_gradients_beside_particles_without_weight(gap, method):
     """Also when the weight only underflows, as exp(-300) does in float32."""
@@ -174,7 +175,7 @@ def test_a_loss_on_the_weights_has_finite_gradients_beside_particles_without_wei
     assert_allclose(slope(node), slope(node.at[1, 2].set(-60.0)), atol=1e-5)
 
 
-@both_methods
+@every_method
 def test_what_stands_in_absent_steps_does_not_matter(x64, method):
     """NaN included, for the value and for the gradients."""
     node, edge = finite_chain(T=5)
@@ -187,7 +188,7 @@ def test_what_stands_in_absent_steps_does_not_matter(x64, method):
     assert_allclose(by_edge, exact.pair_weights, rtol=1e-12, atol=1e-15)
 
 
-@both_methods
+@every_method
 def test_all_states_as_particles_is_the_hidden_markov_model(x64, method):
     rng = np.random.default_rng(3)
     log_initial, log_transition = np.log(rng.dirichlet(np.ones(4))), np.log(rng.dirichlet(np.ones(4), size=4))
@@ -201,7 +202,7 @@ def test_all_states_as_particles_is_the_hidden_markov_model(x64, method):
     assert_allclose(pairs, exact.pair_weights, rtol=1e-10)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("spread", ["one constant", "far apart"])
 def test_float32_with_large_potentials(spread, method):
     """Potentials near 1e4; what may be lost is the rounding of the log normalizer itself, 4e4 * 2^-24 = 0.002."""
@@ -218,7 +219,7 @@ def test_float32_with_large_potentials(spread, method):
 def test_float32_stays_float32(x64):
     """Also in a process that allows float64: what comes out, and every exponential on the way."""
     node, edge = (x.astype(jnp.float32) for x in finite_chain())
-    for method in ("sequential", "associative"):
+    for method in ("sequential", "blocked", "associative"):
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(everything(node, edge, None, method)))
         program = str(everything.trace(node, edge, None, method).jaxpr)
         assert re.search(r"f32\[[\d,]+\] = exp", program)
@@ -236,7 +237,7 @@ def gaussian_edges(batch):
     return edge, (x[:-1], x[1:])
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("batch", [(), (2,)])
 def test_edges_computed_when_needed_are_the_array_of_them(x64, batch, method):
     node, _, mask = random_chain(4, batch, 3, masked=True)
@@ -303,7 +304,7 @@ def test_long_chains_keep_their_weights_in_float32():
     assert_allclose(smoothing.log_normalizer(node, edge), exact, rtol=1e-6)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("masked", [False, True])
 def test_value_weights_and_gradient_in_one_pass(x64, masked, method):
     node, edge, mask = random_chain(4, (2,), 3, masked)
@@ -329,7 +330,7 @@ def test_value_weights_and_gradient_in_one_pass(x64, masked, method):
     assert_allclose(ours[1], 2 * jax.grad(plain, 1)(node, scale), rtol=1e-10)
 
 
-@both_methods
+@every_method
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_summed_in_single(method, dtype):
     """2000 steps: in half precision alpha would lose whole units, or overflow."""
