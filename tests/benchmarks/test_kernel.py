@@ -6,12 +6,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from floor import exponentials, pairs, seconds
 
 from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
@@ -54,23 +52,6 @@ def lattice(y, params):
     return propose(jax.random.key(0), structure, model, guide, arguments, params, K)
 
 
-@pytest.fixture
-def measure(benchmark):
-    def measure(function, *args):
-        floor = []
-        benchmark.pedantic(
-            lambda: jax.block_until_ready(function(*args)),
-            setup=lambda: floor.append(seconds(exponentials, pairs())),
-            rounds=21,
-            warmup_rounds=2,
-        )
-        median, floor = benchmark.stats["median"], np.median(floor[2:])
-        benchmark.extra_info |= {"E": floor, "ratio to E": median / floor, "authors' code": AUTHORS}
-        print(f"\n{benchmark.name}: {median:.4f} s, E {floor:.4f} s, ratio {median / floor:.1f}")
-
-    return measure
-
-
 def test_draws(measure, y, params):
     """Particles alone: in `test_value_and_gradient` and `test_update`, not in the others."""
     arguments = Arguments((y,), {})
@@ -95,7 +76,7 @@ def test_value_and_gradient(measure, y, params):
 
 def test_update(measure, y):
     pvmc = PVMC(model, guide, optax.adam(1e-3), num_particles=K)
-    measure(pvmc.update, pvmc.init(jax.random.key(0), y), y)
+    measure(pvmc.update, pvmc.init(jax.random.key(0), y), y, authors=AUTHORS)
 
 
 def test_compile_value_and_gradient(benchmark, y, params):

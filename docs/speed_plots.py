@@ -1,0 +1,26 @@
+"""Curves of time over T, K and B, from what the benchmarks kept."""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+FOUND = json.loads((Path(__file__).parents[1] / "tests/benchmarks/results/curves.json").read_text())["benchmarks"]
+NAMES = {"test_value_and_gradient": "value and gradient", "test_posterior": "posterior"}
+AXES = {"T": ("steps T", 1), "K": ("particles K", 2), "B": ("series B", 1)}
+
+
+def time():
+    figure, panels = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
+    for panel, (axis, (label, slope)) in zip(panels, AXES.items(), strict=True):
+        for name, title in NAMES.items():
+            rows = [one for one in FOUND if one["name"].startswith(name) and one["extra_info"]["axis"] == axis]
+            sizes = np.array([one["extra_info"][axis] for one in rows])
+            seconds = np.array([one["stats"]["median"] for one in rows])
+            fitted = np.polyfit(np.log(sizes[-3:]), np.log(seconds[-3:]), 1)[0]
+            panel.loglog(sizes, seconds, "o-", label=f"{title}, slope {fitted:.2f} at the end")
+        panel.loglog(sizes, seconds[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"slope {slope}")
+        panel.set(xlabel=label)
+        panel.legend(fontsize="x-small")
+    panels[0].set(ylabel="seconds")

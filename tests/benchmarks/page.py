@@ -1,0 +1,139 @@
+"""The page of the documentation that shows what was measured: `python tests/benchmarks/page.py > docs/speed.rst`.
+
+Reads the files that `pytest tests/benchmarks/test_NAME.py --benchmark-json=tests/benchmarks/results/NAME.json` wrote.
+"""
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+HEAD = """\
+Speed and memory
+================
+
+.. Written by ``python tests/benchmarks/page.py > docs/speed.rst`` from the files in ``tests/benchmarks/results``.
+
+Measured on two CPU cores ({machine}), {date}, JAX {jax}, float32. Times are medians of finished calls, without
+compilation; where other work shares the cores they vary by half. The unit is E, the time of one exponential for every pair of
+particles of 500 steps, 16 series and 64 particles, which no exact sum over trajectories can do without; it is measured before
+each call of the same run, and was {floor:.3f} s here. No figure on this page was measured on a GPU.
+
+The files in ``tests/benchmarks`` are run by ``pip install -e ".[bench]"`` and ``python -m pytest tests/benchmarks``.
+"""
+
+
+def load(name):
+    """Benchmarks of a file by name, and when, where and by which JAX they were measured."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = {one["name"]: one["extra_info"] | {"seconds": one["stats"]["median"]} for one in found["benchmarks"]}
+    return rows, {"date": found["datetime"][:10], "machine": found["machine_info"]["cpu"]["brand_raw"]}
+
+
+def table(title, columns, rows):
+    lines = [f".. list-table:: {title}", "   :header-rows: 1", ""]
+    for row in (columns, *rows):
+        first, *others = (str(cell) for cell in row)
+        lines += [f"   * - {first}", *(f"     - {cell}" for cell in others)]
+    return "\n".join(lines) + "\n"
+
+
+def section(title, *parts):
+    return "\n".join([title, "-" * len(title), "", *parts])
+
+
+def short(x):
+    return f"{x:.2g}" if x < 10 else f"{x:.0f}"
+
+
+def kernel():
+    rows, _ = load("kernel")
+    names = {
+        "test_lattice[log_normalizer]": "log normalizer",
+        "test_lattice[marginals]": "smoothing and filtering weights",
+        "test_value_and_gradient": "value and gradient for model and guide, draws included",
+        "test_update": "``PVMC.update``, draws and Adam included",
+        "test_draws": "draws alone, quasi-random",
+    }
+    cells = [(title, f"{short(rows[name]['ratio to E'])} E", f"{rows[name]['seconds']:.3f}") for name, title in names.items()]
+    compiled = rows["test_compile_value_and_gradient"]["seconds"]
+    return section(
+        "One size",
+        "500 steps, 16 series, 64 particles in 5 dimensions: the linear-Gaussian experiment of the PVMC paper. The authors'",
+        "PyTorch code took 5.4 s for the weights and 12.6 s for a training step of guide and model, on two cores of another",
+        "machine.",
+        "",
+        table("Linear-Gaussian", ("Work", "Ratio", "Seconds"), cells),
+        f"Compiling the value and the gradient takes {compiled:.1f} s.",
+        "",
+    )
+
+
+def known_states():
+    rows, _ = load("known_states")
+    update, networks = rows["test_update"]["seconds"], rows["test_networks_alone"]["seconds"]
+    return section(
+        "Learning from known states",
+        "A training step of the paper's prey-predator experiment (256 steps, 16 series, 32 particles, two networks of 5 x 32, a",
+        f"guide of convolutions) takes {update:.2f} s. Value and gradient of the two networks alone, once a particle, take",
+        f"{networks:.2f} s. On two cores of another machine the authors' PyTorch code took 15 s, the fastest filter of pydpf",
+        "0.52 s.",
+        "",
+    )
+
+
+def curves():
+    return section(
+        "How cost grows",
+        "One of T, K and B moves, the others stay at 500, 64 and 4. Time of the log normalizer's value and gradient and of the",
+        "posterior, with independent draws, against lines of slope 1, 2 and 1.",
+        "",
+        ".. plot:: speed_plots.py time",
+        "   :show-source-link: False",
+        "",
+    )
+
+
+def memory():
+    rows, _ = load("peak_memory")
+    cells = [(*(f"{row[axis]:,}" for axis in "TKB"), f"{row['peak in GB']:.2f}") for row in rows.values()]
+    return section(
+        "Memory",
+        "Peak of resident memory of a process that computes the value and the gradient, for states of two dimensions; Python,",
+        "JAX and compilation are in it.",
+        "",
+        table("Peak memory", ("T", "K", "B", "GB"), cells),
+    )
+
+
+def peers():
+    rows, _ = load("peers")
+    smoothers = [row for row in rows.values() if "e_x" in row]
+    training = [row for row in rows.values() if "e_x" not in row]
+    return section(
+        "Beside other methods",
+        "The same data and true parameters for all, 500 steps and 16 series. The spread is the standard deviation of the log",
+        "evidence of one series over keys; the error is the squared distance of the smoothed mean from the exact one (of the",
+        "filtered mean, for filters alone). PVMC and the tree propose from one guide, the exact filter's marginals, unless",
+        "another is named.",
+        "",
+        table(
+            "State estimation",
+            ("Method", "K", "Seconds", "Spread", "Error"),
+            [(r["method"], r["K"], f"{r['seconds']:.3f}", short(r["sd of log Z"]), short(r["e_x"])) for r in smoothers],
+        ),
+        table(
+            "One step of training: value and gradient of the log evidence",
+            ("Method", "K", "Seconds"),
+            [(r["method"], r["K"], f"{r['seconds']:.3f}") for r in training],
+        ),
+    )
+
+
+if __name__ == "__main__":
+    import jax
+
+    rows, facts = load("kernel")
+    floor = rows["test_update"]["E"]
+    print(HEAD.format(jax=jax.__version__, floor=floor, **facts))
+    print("\n".join([kernel(), known_states(), curves(), memory(), peers()]), end="")
