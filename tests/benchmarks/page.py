@@ -74,8 +74,8 @@ def known_states():
     update, networks = rows["test_update"]["seconds"], rows["test_networks_alone"]["seconds"]
     return section(
         "Learning from known states",
-        "A training step of the paper's prey-predator experiment (256 steps, 16 series, 32 particles, two networks of 5 x 32, a",
-        f"guide of convolutions) takes {update:.2f} s. Value and gradient of the two networks alone, once a particle, take",
+        "A training step of the paper's prey-predator experiment (256 steps, 16 series, 32 particles, two networks of 5 x 32,",
+        f"a guide of convolutions) takes {update:.2f} s. Value and gradient of the two networks alone, once a particle, take",
         f"{networks:.2f} s. On two cores of another machine the authors' PyTorch code took 15 s, the fastest filter of pydpf",
         "0.52 s.",
         "",
