@@ -11,6 +11,9 @@ jaxtyping.install_import_hook(
 
 DOUBLE, SINGLE = 1e-10, 1e-4
 PRECISION = pytest.StashKey[bool]()
+NUMBER = pytest.StashKey[int]()
+# A compiled program keeps hundreds of maps of memory, and Linux has 65,530 of them for a process, which then dies.
+KEPT = 20
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,11 +38,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def precision(request):
-    enabled = asks_for_float64(request.node)
-    if enabled != (request.session.stash.get(PRECISION, enabled)):
+    stash, enabled = request.session.stash, asks_for_float64(request.node)
+    number = stash.get(NUMBER, 0)
+    if enabled != stash.get(PRECISION, enabled) or number == KEPT:
         # JAX keeps the arrays that a program closes over by identity, rounded as they were when it met them first.
         jax.clear_caches()
-    request.session.stash[PRECISION] = enabled
+        number = 0
+    stash[PRECISION], stash[NUMBER] = enabled, number + 1
     with jax.enable_x64(enabled):
         yield
 

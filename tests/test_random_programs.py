@@ -130,6 +130,3 @@ def test_random_program(x64, number):
     except Exception as error:
         error.add_note(f"{program}\nAlone: pytest 'tests/test_random_programs.py::test_random_program[{number}]' -m ''")
         raise
-    finally:
-        if number % 5 == 4:
-            jax.clear_caches()
