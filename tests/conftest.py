@@ -1,5 +1,7 @@
 """Precision, and the shape checker: switched on before anything imports the library."""
 
+from pathlib import Path
+
 import jax
 import jaxtyping
 import pytest
@@ -11,9 +13,7 @@ jaxtyping.install_import_hook(
 
 DOUBLE, SINGLE = 1e-10, 1e-4
 PRECISION = pytest.StashKey[bool]()
-NUMBER = pytest.StashKey[int]()
-# A compiled program keeps hundreds of maps of memory, and Linux has 65,530 of them for a process, which then dies.
-KEPT = 20
+MAPS = Path("/proc/self/maps")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,21 +30,29 @@ def asks_for_float64(item):
     return "x64" in item.fixturenames or choices.get("tolerance") == DOUBLE
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """The tests of a module run one precision after the other: a change of it costs JAX's caches."""
-    modules = list(dict.fromkeys(item.path for item in items))
-    items.sort(key=lambda item: (modules.index(item.path), asks_for_float64(item)))
+    """All tests of one precision run before those of the other: a change of it costs JAX's caches.
+
+    Under ``--dist loadgroup`` what goes to a process is the tests of one module and one precision.
+    """
+    items.sort(key=asks_for_float64)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{64 if asks_for_float64(item) else 32}"))
+
+
+def is_crowded():
+    """A compiled program keeps hundreds of maps of memory; Linux lets a process have 65,530 of them, and then it dies."""
+    return MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000
 
 
 @pytest.fixture(autouse=True)
 def precision(request):
-    stash, enabled = request.session.stash, asks_for_float64(request.node)
-    number = stash.get(NUMBER, 0)
-    if enabled != stash.get(PRECISION, enabled) or number == KEPT:
+    enabled = asks_for_float64(request.node)
+    if enabled != request.session.stash.get(PRECISION, enabled) or is_crowded():
         # JAX keeps the arrays that a program closes over by identity, rounded as they were when it met them first.
         jax.clear_caches()
-        number = 0
-    stash[PRECISION], stash[NUMBER] = enabled, number + 1
+    request.session.stash[PRECISION] = enabled
     with jax.enable_x64(enabled):
         yield
 

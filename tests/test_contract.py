@@ -273,8 +273,8 @@ QUESTIONS = {question.__name__.removeprefix("to_"): question for question in _FU
 QUICK = {
     "errors": set(list(ENTRIES)[::4]),
     "posterior": {
-        *("driven_autoregression", "observed_after_with_the_start", "missing_by_obs_mask", "zero_inflated"),
-        *("volatility_with_leverage", "ragged_panel", "two_regimes", "switching_linear", "subsampled_panel"),
+        *("driven_autoregression", "missing_by_obs_mask", "volatility_with_leverage", "ragged_panel", "two_regimes"),
+        *("switching_linear", "subsampled_panel"),
     },
     **{question: {"known_start"} for question in ("trains", "samples", "forecasts", "arviz")},
 }

@@ -305,7 +305,7 @@ def test_long_chains_keep_their_weights_in_float32():
 
 
 @every_method
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_value_weights_and_gradient_in_one_pass(x64, masked, method):
     node, edge, mask = random_chain(4, (2,), 3, masked)
     scale = jnp.asarray(1.3)
@@ -330,7 +330,9 @@ def test_value_weights_and_gradient_in_one_pass(x64, masked, method):
     assert_allclose(ours[1], 2 * jax.grad(plain, 1)(node, scale), rtol=1e-10)
 
 
-@every_method
+@pytest.mark.parametrize(
+    "method", ["sequential", *(pytest.param(m, marks=pytest.mark.slow) for m in ("blocked", "associative"))]
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_summed_in_single(method, dtype):
     """2000 steps: in half precision alpha would lose whole units, or overflow."""

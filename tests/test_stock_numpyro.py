@@ -103,7 +103,7 @@ def test_predictive_takes_the_posterior_samples():
 
 # NumPyro asks for the shape of every value in the guide's trace, also of a module.
 @pytest.mark.filterwarnings("ignore:shape requires ndarray or scalar arguments:DeprecationWarning")
-@pytest.mark.parametrize("library", ["flax", "nnx", "equinox"])
+@pytest.mark.parametrize("library", ["nnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flax", "equinox"))])
 def test_networks_in_model_and_guide(library):
     network = {"flax": flax_network, "nnx": nnx_network, "equinox": equinox_network}[library]()
 

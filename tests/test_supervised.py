@@ -99,7 +99,7 @@ VALUES = [  # program, error, bound, filtering
     pytest.param("two_coupled_sites", "kernel", 1.0, False, marks=SLOW),
     pytest.param("padded", "squared", 1.0, True, marks=SLOW),
     ("padded", "users", 1.0, False),
-    ("held", "squared", 0.0, False),
+    pytest.param("held", "squared", 0.0, False, marks=SLOW),
     pytest.param("late_start", "kernel", 2.0, False, marks=SLOW),
     ("deterministic_start", "squared", 1.0, True),
 ]
@@ -200,7 +200,7 @@ def value_and_slope(loss):
         ("squared", {"filtering": True, "bound": 0.0}),
         pytest.param("squared", {"method": "associative", "bound": 0.0}, marks=SLOW),
         ("kernel", {"bound": 0.2}),
-        ("users", {"bound": 0.0}),
+        pytest.param("users", {"bound": 0.0}, marks=SLOW),
     ],
 )
 def test_gradient_against_finite_differences(x64, error, choices):
