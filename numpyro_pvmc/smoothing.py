@@ -62,7 +62,8 @@ def log_normalizer(
         81.0
     """
     node = _at_least_single(node)
-    if _is_associative(method, node):
+    method = _choose(method, node)
+    if method == "associative":
         return logsumexp(node[0] + logsumexp(_product(node, edge, mask), -1), -1)
     return log_sum_of_trajectories(node, edge, mask, _number_of_blocks(method, node))
 
@@ -95,7 +96,8 @@ def marginals(
     :return: log normalizer, log smoothing weights, log filtering weights.
     """
     node = _at_least_single(node)
-    if _is_associative(method, node):
+    method = _choose(method, node)
+    if method == "associative":
         log_z = log_normalizer(node, edge, mask, method)
         weights = jax.grad(lambda node: log_normalizer(node, edge, mask, method).sum())(node)
         log_weights = _log_weights(weights, mask)
@@ -263,9 +265,15 @@ def _log_weights(weights, mask):
     return scaled(hold(log_weights, mask))[1]
 
 
-def _is_associative(method, node):
+def _choose(method, node):
     check_method(method)
-    return method == "associative" or (method == "auto" and jax.default_backend() != "cpu" and node.shape[-1] <= 32)
+    return _best_method(*node.shape) if method == "auto" else method
+
+
+def _best_method(length, *batch_and_number):
+    if jax.default_backend() == "cpu":
+        return "sequential"
+    return "associative" if batch_and_number[-1] <= 32 else "sequential"
 
 
 def _number_of_blocks(method, node):
