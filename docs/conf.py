@@ -12,7 +12,10 @@ author = "The numpyro_pvmc developers"
 copyright = author
 release = version = __version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.mathjax"]
+extensions = ["matplotlib.sphinxext.plot_directive", "sphinx.ext.autodoc", "sphinx.ext.doctest", "sphinx.ext.mathjax"]
+plot_working_directory = str(Path(__file__).parent)
+plot_html_show_formats = False
+plot_formats = [("png", 120)]
 exclude_patterns = ["_build"]
 default_role = "code"
 

@@ -1,4 +1,4 @@
-"""Curves of time over T, K and B, from what the benchmarks kept."""
+"""Curves of time, in units of E, over T, K and B, from what the benchmarks kept."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-FOUND = json.loads((Path(__file__).parents[1] / "tests/benchmarks/results/curves.json").read_text())["benchmarks"]
+FOUND = json.loads(Path("../tests/benchmarks/results/curves.json").read_text())["benchmarks"]  # from this directory
 NAMES = {"test_value_and_gradient": "value and gradient", "test_posterior": "posterior"}
 AXES = {"T": ("steps T", 1), "K": ("particles K", 2), "B": ("series B", 1)}
 
@@ -17,10 +17,10 @@ def time():
         for name, title in NAMES.items():
             rows = [one for one in FOUND if one["name"].startswith(name) and one["extra_info"]["axis"] == axis]
             sizes = np.array([one["extra_info"][axis] for one in rows])
-            seconds = np.array([one["stats"]["median"] for one in rows])
-            fitted = np.polyfit(np.log(sizes[-3:]), np.log(seconds[-3:]), 1)[0]
-            panel.loglog(sizes, seconds, "o-", label=f"{title}, slope {fitted:.2f} at the end")
-        panel.loglog(sizes, seconds[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"slope {slope}")
+            ratios = np.array([one["extra_info"]["ratio to E"] for one in rows])
+            fitted = np.polyfit(np.log(sizes[-3:]), np.log(ratios[-3:]), 1)[0]
+            panel.loglog(sizes, ratios, "o-", label=f"{title}, slope {fitted:.2f} at the end")
+        panel.loglog(sizes, ratios[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"slope {slope}")
         panel.set(xlabel=label)
         panel.legend(fontsize="x-small")
-    panels[0].set(ylabel="seconds")
+    panels[0].set(ylabel="E")

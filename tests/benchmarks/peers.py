@@ -103,9 +103,11 @@ def de_sequentialized(key, node, edge, x):
     """
     T, K = node.shape
     depth = int(np.ceil(np.log2(T)))
+    # A point by itself has the law of its proposal; observation and density enter where it is joined to the point before.
     # Points that fill up the tree weigh the same whatever the others are.
-    node = jnp.concatenate([node, jnp.full((2**depth - T, K), -jnp.log(K))])
+    edge = edge + node[1:, None, :] + jnp.log(K)
     edge = jnp.concatenate([edge, jnp.zeros((2**depth - T, K, K))])
+    node = jnp.full((2**depth, K), -jnp.log(K)).at[0].set(node[0])
     log_z = logsumexp(node, -1)
     log_weights, paths = node - log_z[:, None], jnp.broadcast_to(jnp.arange(K), (2**depth, 1, K))
 

@@ -108,7 +108,7 @@ def test_bootstrap_filter(row, data, num_particles, resampling):
     row(run, method=f"bootstrap filter (cuthbert, {resampling})", K=num_particles)
 
 
-@pytest.mark.parametrize("num_particles", [K, 256, 512])
+@pytest.mark.parametrize("num_particles", [K, 256])
 def test_backward_sampling(row, data, num_particles):
     run = lambda key: backward_sampled(key, data, num_particles, RESAMPLING["xla"])
     row(run, method="bootstrap filter and backward sampling (cuthbert)", K=num_particles)
