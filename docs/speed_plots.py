@@ -12,15 +12,18 @@ AXES = {"T": ("steps T", 1), "K": ("particles K", 2), "B": ("series B", 1)}
 
 
 def time():
-    figure, panels = plt.subplots(1, 3, figsize=(9, 3), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(9, 3.5), sharey=True, layout="constrained")
     for panel, (axis, (label, slope)) in zip(panels, AXES.items(), strict=True):
         for name, title in NAMES.items():
             rows = [one for one in FOUND if one["name"].startswith(name) and one["extra_info"]["axis"] == axis]
             sizes = np.array([one["extra_info"][axis] for one in rows])
             ratios = np.array([one["extra_info"]["ratio to E"] for one in rows])
             fitted = np.polyfit(np.log(sizes[-3:]), np.log(ratios[-3:]), 1)[0]
-            panel.loglog(sizes, ratios, "o-", label=f"{title}, slope {fitted:.2f} at the end")
-        panel.loglog(sizes, ratios[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"slope {slope}")
+            panel.loglog(sizes, ratios, "o-", label=f"{title}: {fitted:.2f}")
+        panel.loglog(sizes, ratios[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"line: {slope}")
         panel.set(xlabel=label)
-        panel.legend(fontsize="x-small")
-    panels[0].set(ylabel="E")
+        panel.minorticks_off()
+        panel.set_xticks(sizes, sizes)
+        panel.legend(title="slope at the end", loc="upper left", fontsize="small", title_fontsize="small")
+    low, high = panels[0].get_ylim()
+    panels[0].set(ylabel="E", ylim=(low, 30 * high))
