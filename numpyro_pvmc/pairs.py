@@ -135,7 +135,7 @@ def _multivariate_normal(loc, tril):
         return _standardised(loc, jnp.ones_like(loc[..., :1]), value, log_diagonal, mask)
 
     def density(prepared):
-        if len(prepared) == 4:
+        if isinstance(prepared, _Standardised):
             return _normal(prepared)
         loc, tril, value, log_diagonal, mask = prepared
         apart = [x[..., None, :] - m[..., :, None] for x, m in zip(_components(value), _components(loc), strict=True)]
@@ -146,16 +146,25 @@ def _multivariate_normal(loc, tril):
     return PairForm({"loc": loc, "tril": tril}, prepare, density)
 
 
+class _Standardised(NamedTuple):
+    """Independent components: densities are those of ``rate (value - loc)``; `log_scale` is summed, with its constant."""
+
+    loc: jax.Array
+    rate: jax.Array
+    value: jax.Array
+    log_scale: jax.Array
+
+
 def _standardised(loc, rate, value, log_scale, mask):
     log_scale = log_scale + _HALF_LOG_2_PI
     if mask is not None:
         loc, rate, value, log_scale = (jnp.where(mask, x, 0.0) for x in (loc, rate, value, log_scale))
-    return jnp.broadcast_to(loc, jnp.broadcast_shapes(loc.shape, rate.shape)), rate, value, log_scale.sum(-2)
+    loc = jnp.broadcast_to(loc, jnp.broadcast_shapes(loc.shape, rate.shape))
+    return _Standardised(loc, rate, value, log_scale.sum(-2))
 
 
 def _normal(prepared):
-    loc, rate, value, log_scale = prepared
-    return -0.5 * _squares(loc, rate, value) - log_scale[..., None]
+    return -0.5 * _squares(prepared.loc, prepared.rate, prepared.value) - prepared.log_scale[..., None]
 
 
 def _components(x):

@@ -60,9 +60,7 @@ def _forward(node, function, inputs, mask, blocks):
         total, alpha = carry
         node, present, edge_inputs = inputs
         edge = function(edge_inputs).astype(node.dtype)
-        if present is not None:
-            # What stands in padding may be nan, and nan times a cotangent of zero is nan.
-            node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
+        node, edge = _without_absent(present, node, edge)
         gain, moved = less_largest(node + logsumexp(alpha[..., :, None] + edge, -2))
         if present is not None:
             gain, moved = jnp.where(present, gain, 0.0), jnp.where(present[..., None], moved, alpha)
@@ -74,6 +72,13 @@ def _forward(node, function, inputs, mask, blocks):
     # A chain that ends without mass has no weights, whatever the points before the end had: then this is -inf.
     log_z = first + gains + logsumexp(last, -1)
     return log_z, jnp.concatenate([start[None], blocks.join(rest)]), of_blocks
+
+
+def _without_absent(present, node, edge):
+    """What stands in padding may be nan, and nan times a cotangent of zero is nan."""
+    if present is None:
+        return node, edge
+    return jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
 
 
 def log_sum_of_trajectories(
@@ -188,8 +193,7 @@ def backward(
     def step(beta, inputs):
         node, present, edge_inputs = inputs
         edge = function(edge_inputs)
-        if present is not None:
-            node, edge = jnp.where(present[..., None], node, 0.0), jnp.where(present[..., None, None], edge, 0.0)
+        node, edge = _without_absent(present, node, edge)
         _, moved = less_largest(logsumexp(edge + (node + beta)[..., None, :], -1))
         moved = moved if present is None else jnp.where(present[..., None], moved, beta)
         return moved, moved

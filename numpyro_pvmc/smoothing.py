@@ -48,9 +48,9 @@ def log_normalizer(
     :param edge: potentials of the transitions, as an array or as :class:`Edges`.
     :param mask: which points are present; absent ones are held. All are present by default; the first one always is.
     :param method: ``"sequential"``, a scan of T steps of work K^2, memory O(T K); ``"blocked"``, about twice the root of T
-        steps, of work T K^3 in all, memory O(T K), and O(T K^2) for derivatives of weights; ``"associative"``, a tree of
-        matrix products of work T K^3 and depth log T, memory O(T K^2); ``"auto"`` takes the first on a CPU, and the last
-        elsewhere for few particles.
+        steps, of work T K^3 in all, memory O(T K) and a matrix for each block, or O(T K^2) for derivatives of weights;
+        ``"associative"``, a tree of matrix products of work T K^3 and depth log T, memory O(T K^2); ``"auto"`` takes the
+        first on a CPU, and the last elsewhere for few particles.
     :return: the log normalizer of each chain of the batch.
     :raises ValueError: for an unknown method.
 
@@ -267,13 +267,11 @@ def _log_weights(weights, mask):
 
 def _choose(method, node):
     check_method(method)
-    return _best_method(*node.shape) if method == "auto" else method
+    return _best_method(node.shape[-1]) if method == "auto" else method
 
 
-def _best_method(length, *batch_and_number):
-    if jax.default_backend() == "cpu":
-        return "sequential"
-    return "associative" if batch_and_number[-1] <= 32 else "sequential"
+def _best_method(num_particles):
+    return "associative" if jax.default_backend() != "cpu" and num_particles <= 32 else "sequential"
 
 
 def _number_of_blocks(method, node):

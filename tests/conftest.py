@@ -24,12 +24,13 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session", autouse=True)
 def another_way(request):
     """All tests hold for every way of summing trajectories, and of computing the densities of pairs."""
+    # Not at the top: the shape checker sees only what is imported after its hook.
     from numpyro_pvmc import densities, smoothing
 
     method = request.config.getoption("method")
     with pytest.MonkeyPatch.context() as patch:
         if method:
-            patch.setattr(smoothing, "_best_method", lambda *shape: method)
+            patch.setattr(smoothing, "_best_method", lambda num_particles: method)
         if request.config.getoption("pair_by_pair"):
             patch.setattr(densities, "read_pair", lambda *site: None)
         yield
