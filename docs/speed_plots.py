@@ -7,7 +7,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 FOUND = json.loads(Path("../tests/benchmarks/results/curves.json").read_text())["benchmarks"]  # from this directory
-NAMES = {"test_value_and_gradient": "value and gradient", "test_posterior": "posterior"}
+NAMES = {
+    "test_log_normalizer": "log normalizer",
+    "test_posterior": "posterior",
+    "test_value_and_gradient": "value and gradient",
+}
 AXES = {"T": ("steps T", 1), "K": ("particles K", 2), "B": ("series B", 1)}
 
 

@@ -109,8 +109,8 @@ def couples(function: Callable[..., Any], rows: Any, *others: Any) -> Any:
         rows, others = _stand_ins(rows, 0, always=True), _stand_ins(others, 1, always=False)
         if not number_bits:
             return jax.tree.map(lambda _: False, jax.eval_shape(function, rows, *others))
-        found = jax.jit(jax.vmap(leak, (None, None, 0)))(rows, others, chosen)
-        return jax.tree.map(lambda leaf: bool(np.any(leaf)), found)
+    found = _computed(jax.vmap(leak, (None, None, 0)), rows, others, chosen)
+    return jax.tree.map(lambda leaf: bool(np.any(leaf)), found)
 
 
 def _difference(a, b):
@@ -148,8 +148,9 @@ def holds(function: Callable[..., Any], value: Any, *others: Any, trials: int = 
 
     with jax.ensure_compile_time_eval():
         first, second = _stand_ins(value, 0, always=True), _stand_ins(value, 1, always=True)
-        held = jax.jit(held)
-        return all(bool(held(first, second, _stand_ins(others, 2 + trial, always=True))) for trial in range(trials))
+        tried = [_stand_ins(others, 2 + trial, always=True) for trial in range(trials)]
+        others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tried)
+    return bool(np.all(_computed(jax.vmap(held, (None, None, 0)), first, second, others)))
 
 
 def follows_slope(function: Callable[..., Any], value: Any, *others: Any, scales: tuple[float, ...] = (1.0, -30.0, 1e3)) -> Any:
@@ -186,12 +187,19 @@ def follows_slope(function: Callable[..., Any], value: Any, *others: Any, scales
     with jax.ensure_compile_time_eval():
         point, others = _stand_ins(value, 0, always=True), _stand_ins(others, 1, always=False)
         points = jax.tree.map(lambda leaf: np.multiply.outer(np.asarray(scales, leaf.dtype), leaf), point)
-    # Read out here: in there every constant of the function would be computed at once, compiled by itself.
-    leaves, treedef = jax.tree.flatten((points, others))
-    gaps = lambda leaves: jax.vmap(gap, (0, None))(*jax.tree.unflatten(treedef, leaves))
-    compiled = jax.jit(gaps).lower(leaves).compile()
+    gaps = _computed(jax.vmap(gap, (0, None)), points, others)
+    return jax.tree.map(lambda leaf: not np.any(leaf), gaps)
+
+
+def _computed(function, *args):
+    """What a function returns for arrays, as arrays of NumPy, also while a program around it is traced.
+
+    It is compiled outside of `ensure_compile_time_eval`, where every constant of the function would be compiled by itself.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    compiled = jax.jit(lambda leaves: function(*jax.tree.unflatten(treedef, leaves))).lower(leaves).compile()
     with jax.ensure_compile_time_eval():
-        return jax.tree.map(lambda leaf: not np.any(leaf), compiled(leaves))
+        return jax.tree.map(np.asarray, compiled(leaves))
 
 
 def _stand_ins(tree, seed, *, always):

@@ -18,14 +18,12 @@ from numpyro_pvmc.combined import automatic_guide
 from numpyro_pvmc.data import DataCheck
 from numpyro_pvmc.minibatch import check_indices
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
-from numpyro_pvmc.phases import default_optimiser, growth, warm_up, warming_power
+from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model, run, signature
 from numpyro_pvmc.proposal import check_guide, refuse_discrete
 from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
 from numpyro_pvmc.structure import Structure
-
-_CHUNK = 100  # updates in one compiled call, between two looks at the progress bar
 
 
 class PVMC(SVI):
@@ -220,8 +218,7 @@ class PVMC(SVI):
         hidden = not progress_bar or is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
             for num_particles, steps in phases:
-                for done in range(0, steps, _CHUNK):
-                    count = min(_CHUNK, steps - done)
+                for count in calls(steps, watched=not hidden):
                     state, chunk = self._compiled_updates(
                         state,
                         arguments,
@@ -383,7 +380,7 @@ class PVMC(SVI):
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
         dtype = jax.eval_shape(lambda: self._update(state, arguments, stable)[1]).dtype
-        return lax.fori_loop(0, count, body, (state, jnp.full(_CHUNK, jnp.nan, dtype)))
+        return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
 
     def _posterior(self, rng_key, params, arguments, temper, refine):
         return smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from numpyro.infer import ELBO
 
@@ -203,7 +204,9 @@ def progress(loss: ELBO, num_particles: int | None, losses: jax.Array) -> str:
     """
     name, sign = getattr(loss, "reported", ImportanceSmoothedELBO.reported)
     number = getattr(loss, "num_particles", None) if num_particles is None else num_particles
-    return f"{name}: {sign * float(jnp.nanmean(losses)):.4f}, K = {number}"
+    losses = np.asarray(losses)
+    known = losses[~np.isnan(losses)]
+    return f"{name}: {sign * known.mean() if len(known) else np.nan:.4f}, K = {number}"
 
 
 def refitted_state(lattice: Lattice, log_weights: jax.Array | None) -> dict[str, Any]:

@@ -1,9 +1,15 @@
 """A number of steps in, the phases of a run that starts cold out."""
 
+import math
+import time
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import optax
 
+MOST_AT_ONCE = 128  # updates in one compiled call
+_SECONDS = 0.5  # between two looks at the progress bar
 _ROUNDS, _POWER = 15, 0.1  # of the warm-up of a refitted guide: how many at most, and the first power
 
 
@@ -28,6 +34,25 @@ def growth(num_steps: int, num_particles: int) -> list[tuple[int, int]]:
     steps = [alone, *[num_steps // 20] * (len(numbers) - 2)][: len(numbers) - 1]
     steps.append(num_steps - sum(steps))
     return [(number, count) for number, count in zip(numbers, steps, strict=True) if count]
+
+
+def calls(num_steps: int, watched: bool) -> Iterator[int]:
+    """How many updates each compiled call makes: as many as may be, or what takes half a second if someone is watching.
+
+    A watched run begins with one update, whose time includes compilation, and another one that tells how long they take.
+    Numbers are powers of two, for few shapes.
+
+    :param num_steps: number of updates in all.
+    :param watched: whether progress is shown after each call; then the time that the consumer takes is measured.
+    """
+    most = 1 if watched else MOST_AT_ONCE
+    while num_steps:
+        count, start = min(most, num_steps), time.perf_counter()
+        yield count
+        num_steps -= count
+        if watched:
+            in_time = count * _SECONDS / max(time.perf_counter() - start, 1e-6)
+            most = 2 ** int(math.log2(min(max(in_time, 1), MOST_AT_ONCE)))
 
 
 def warm_up(num_steps: int) -> int:

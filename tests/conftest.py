@@ -36,11 +36,11 @@ def another_way(request):
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Most programs here are compiled to run once; modules that run theirs for long say `LONG_RUNS = True`."""
-    quick = not getattr(request.module, "LONG_RUNS", False)
-    jax.config.update("jax_disable_most_optimizations", quick)
+    """Most programs here are compiled to run once; slow tests, and modules that say `LONG_RUNS = True`, run theirs for long."""
+    runs_long = getattr(request.module, "LONG_RUNS", False) or request.node.get_closest_marker("slow")
+    jax.config.update("jax_disable_most_optimizations", not runs_long)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -217,6 +217,7 @@ def test_from_a_blind_start(program):
     assert posterior.log_normalizer.sum() > blind.log_normalizer.sum() - 0.5
 
 
+@pytest.mark.slow
 def test_collapse_is_said_aloud():
     program = next(one for one in BLIND if one.name == "tracking")
     pvmc = PVMC(program.model, num_particles=16)
@@ -233,6 +234,7 @@ def test_samples_are_those_of_the_refined_posterior():
     assert_allclose(samples["x"].var(0), np.diagonal(covariances[1:], 0, -2, -1), rtol=0.15)
 
 
+@pytest.mark.slow
 def test_padding_is_left_alone():
     present = jnp.arange(6)[:, None] < jnp.array([6, 3])
 
@@ -276,11 +278,12 @@ def test_what_cannot_be_refined():
         pvmc.posterior(random.key(0), {}, SERIES, temper=0.5)
 
 
-def test_one_step_one_particle_one_series():
-    for y, series, num_particles in [(SERIES[:1], 2, 1), (SERIES[:1, :1], 1, 8)]:
-        posterior = PVMC(linear_gaussian, num_particles=num_particles).posterior(random.key(0), {}, y, series, refine=2)
-        assert np.isfinite(posterior.log_normalizer).all()
-        assert posterior.particles["x"].shape == (1, num_particles, series, 2)
+@pytest.mark.parametrize(("series", "num_particles"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow)])
+def test_one_step_one_particle_one_series(series, num_particles):
+    pvmc = PVMC(linear_gaussian, num_particles=num_particles)
+    posterior = pvmc.posterior(random.key(0), {}, SERIES[:1, :series], series, refine=2)
+    assert np.isfinite(posterior.log_normalizer).all()
+    assert posterior.particles["x"].shape == (1, num_particles, series, 2)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 from cuthbert.smc import backward_sampler, particle_filter
 from cuthbertlib.resampling import systematic
 from cuthbertlib.resampling.autodiff import stop_gradient_decorator
-from cuthbertlib.smc.smoothing import exact_sampling
+from cuthbertlib.smc.smoothing import exact_sampling, mcmc
 from jax import random
 from jax.scipy.special import logsumexp
 from jax.scipy.stats import norm
@@ -27,6 +27,7 @@ def systematic_in_xla(key, logits, positions, n):
 
 
 RESAMPLING = {"callback": systematic.resampling, "xla": systematic_in_xla}
+BACKWARD = {"exact": exact_sampling.simulate, "mcmc": functools.partial(mcmc.simulate, n_steps=10)}
 
 
 def transition(decay):
@@ -78,7 +79,7 @@ def training_step(key, y, decay, num_particles, resampling):
     return jax.value_and_grad(loss)(decay)
 
 
-def backward_sampled(key, y, num_particles, resampling):
+def backward_sampled(key, y, num_particles, resampling, backward):
     """Log evidence and smoothed means, by as many backward draws as there are particles."""
     A = transition(DECAY)
 
@@ -86,7 +87,7 @@ def backward_sampled(key, y, num_particles, resampling):
         key_filter, key_smoother = random.split(key)
         states = _filtered(key_filter, y, num_particles, resampling)
         smoother = backward_sampler.build_smoother(
-            lambda x_prev, x, inputs: norm.logpdf(x, A @ x_prev).sum(), exact_sampling.simulate, resampling, num_particles
+            lambda x_prev, x, inputs: norm.logpdf(x, A @ x_prev).sum(), backward, resampling, num_particles
         )
         smoothed = cuthbert.smoother(smoother, states, key=key_smoother)
         return states.log_normalizing_constant[-1], smoothed.particles[1:].mean(-2)

@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpyro.infer import SVI, RenyiELBO, Trace_ELBO
-from peers import RESAMPLING, backward_sampled, de_sequentialized, filtered, training_step
+from peers import BACKWARD, RESAMPLING, backward_sampled, de_sequentialized, filtered, training_step
 
 from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
@@ -55,12 +55,12 @@ def guide(data):
 def row(measure, benchmark, exact):
     """Measure a function of a key that returns log evidence (series,) and means (T + 1, series, D)."""
 
-    def row(function, **facts):
+    def row(function, keys=KEYS, rounds=ROUNDS, **facts):
         function = jax.jit(function)
-        log_z, means = map(np.array, zip(*[function(key) for key in jax.random.split(jax.random.key(1), KEYS)], strict=True))
+        log_z, means = map(np.array, zip(*[function(key) for key in jax.random.split(jax.random.key(1), keys)], strict=True))
         spread = float((log_z - exact[0]).std(0, ddof=1).mean())
         error = float(((means - exact[1]) ** 2).sum(-1).mean())
-        measure(function, jax.random.key(0), rounds=ROUNDS, **facts, **{"sd of log Z": spread, "e_x": error})
+        measure(function, jax.random.key(0), rounds=rounds, **facts, **{"sd of log Z": spread, "e_x": error})
 
     return row
 
@@ -108,10 +108,13 @@ def test_bootstrap_filter(row, data, num_particles, resampling):
     row(run, method=f"bootstrap filter (cuthbert, {resampling})", K=num_particles)
 
 
-@pytest.mark.parametrize("num_particles", [K, 256])
-def test_backward_sampling(row, data, num_particles):
-    run = lambda key: backward_sampled(key, data, num_particles, RESAMPLING["xla"])
-    row(run, method="bootstrap filter and backward sampling (cuthbert)", K=num_particles)
+@pytest.mark.parametrize(
+    ("backward", "num_particles"), [("exact", K), ("exact", 256), ("mcmc", 256), ("mcmc", 1024), ("mcmc", 4096)]
+)
+def test_backward_sampling(row, data, backward, num_particles):
+    run = lambda key: backward_sampled(key, data, num_particles, RESAMPLING["xla"], BACKWARD[backward])
+    effort = {} if num_particles == K else {"keys": 3, "rounds": 3}
+    row(run, **effort, method=f"bootstrap filter and backward sampling (cuthbert, {backward})", K=num_particles)
 
 
 def test_training_pvmc(measure, data, guide):
