@@ -273,10 +273,9 @@ QUESTIONS = {question.__name__.removeprefix("to_"): question for question in _FU
 QUICK = {
     "errors": set(list(ENTRIES)[::4]),
     "posterior": {
-        *("driven_autoregression", "missing_by_obs_mask", "volatility_with_leverage", "ragged_panel", "two_regimes"),
-        *("switching_linear", "subsampled_panel"),
+        *("missing_by_obs_mask", "volatility_with_leverage", "ragged_panel", "two_regimes"),
     },
-    **{question: {"known_start"} for question in ("trains", "samples", "forecasts", "arviz")},
+    **{question: {"known_start"} for question in ("trains", "forecasts")},
 }
 
 

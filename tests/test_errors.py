@@ -392,7 +392,7 @@ def test_guide_whose_law_has_other_values(of_model, of_guide, message):
         initialise(model, guide)
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_automatic_guide_for_missing_counts(after):
     def model(y, seen):
         def step(x_prev, now):
@@ -411,7 +411,7 @@ def test_automatic_guide_for_missing_counts(after):
     initialise(model, AutoNormal(numpyro.handlers.block(model, hide=["y_unobserved"])), *arguments)
 
 
-@pytest.mark.parametrize("guide", [AutoMultivariateNormal, AutoDelta])
+@pytest.mark.parametrize("guide", [AutoMultivariateNormal, pytest.param(AutoDelta, marks=pytest.mark.slow)])
 def test_joint_autoguides(guide):
     with pytest.raises(ValueError, match=r"a `Delta` law.*independently at each time"):
         initialise(random_walk, guide(random_walk))

@@ -17,7 +17,7 @@ from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc import ImportanceSmoothedELBO
 
-LONG_RUNS = True
+LONG_RUNS = False
 
 Y = jnp.array([0.3, -0.5, 1.2, 0.4])
 PARAMS = {"loc": jnp.array([0.1, 0.1, 0.3, 0.5, 0.3]), "log_scale": jnp.full(5, -0.3), "a": jnp.array(0.8)}
@@ -66,6 +66,7 @@ def test_doubly_reparameterised_gradient_has_the_mean_of_the_plain_one(num_parti
     assert (abs(plain - doubly) < 4.5 * np.hypot(plain_error, doubly_error)).all()
 
 
+@pytest.mark.slow
 def test_signal_to_noise_at_64_particles():
     def signal_to_noise(draws):
         mean = gradients("doubly_reparam", 64, 20_000).mean(0)[:10]  # the better estimate of what both are of
@@ -76,6 +77,7 @@ def test_signal_to_noise_at_64_particles():
     assert doubly > 50 * plain
 
 
+@pytest.mark.slow
 def test_sticking_the_landing_is_biased_for_more_than_one_particle():
     plain, plain_error = mean_and_error(gradients("reparam", 4, 20_000))
     sticking, sticking_error = mean_and_error(gradients("sticking", 4, 20_000))
@@ -88,7 +90,7 @@ def test_sticking_the_landing_is_the_doubly_reparameterised_gradient_of_one_part
     assert_allclose(gradients("sticking", 1, 1000), gradients("doubly_reparam", 1, 1000), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sequential", "associative"])
+@pytest.mark.parametrize("method", ["sequential", pytest.param("associative", marks=pytest.mark.slow)])
 def test_plain_gradient_against_finite_differences(x64, method):
     loss = ImportanceSmoothedELBO(8, gradient="reparam", method=method)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS)
@@ -96,14 +98,17 @@ def test_plain_gradient_against_finite_differences(x64, method):
     check_grads(value, (params,), order=2 if method == "sequential" else 1, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gradient", ["doubly_reparam", "sticking"])
+@pytest.mark.parametrize("gradient", ["doubly_reparam", pytest.param("sticking", marks=pytest.mark.slow)])
 def test_gradient_of_the_model_against_finite_differences(x64, gradient):
     loss = ImportanceSmoothedELBO(8, gradient=gradient)
     value = jax.jit(lambda a: loss.loss(jax.random.key(0), PARAMS | {"a": a}, model, guide, Y))
     check_grads(value, (jnp.array(0.8, jnp.float64),), order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
 
 
-def test_padding_gets_no_gradient_and_spoils_none():
+@pytest.mark.parametrize(
+    "gradient", ["doubly_reparam", *(pytest.param(g, marks=pytest.mark.slow) for g in ("reparam", "sticking"))]
+)
+def test_padding_gets_no_gradient_and_spoils_none(gradient):
     """Two series, the second one padded with nan: its guide's parameters there stay as they are."""
     y = jnp.stack([Y, Y.at[2:].set(jnp.nan)], 1)
     present = ~jnp.isnan(y)
@@ -127,9 +132,8 @@ def test_padding_gets_no_gradient_and_spoils_none():
         numpyro.sample("x", dist.Normal(numpyro.param("loc", jnp.zeros((4, 2))), 1.0))
 
     params = {"loc_0": jnp.zeros(2), "loc": jnp.zeros((4, 2))}
-    for gradient in ("reparam", "doubly_reparam", "sticking"):
-        loss = ImportanceSmoothedELBO(4, gradient=gradient)
-        slope = jax.jit(jax.grad(lambda p, loss=loss: loss.loss(jax.random.key(0), p, padded, wide_guide, y, present)))(params)
-        assert np.isfinite(slope["loc"]).all()
-        assert (slope["loc"][2:, 1] == 0).all()
-        assert (slope["loc"][:2, 1] != 0).all()
+    loss = ImportanceSmoothedELBO(4, gradient=gradient)
+    slope = jax.jit(jax.grad(lambda p: loss.loss(jax.random.key(0), p, padded, wide_guide, y, present)))(params)
+    assert np.isfinite(slope["loc"]).all()
+    assert (slope["loc"][2:, 1] == 0).all()
+    assert (slope["loc"][:2, 1] != 0).all()

@@ -52,7 +52,7 @@ STATE = ["auto_initial_mean", "auto_initial_factor", "auto_steps_mean", "auto_st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("covariance", [pytest.param("diagonal", marks=pytest.mark.slow), "full"])
 def test_training_from_a_blind_start(covariance):
     guide = AutoSmoothedNormal(counts, covariance=covariance)
     pvmc = PVMC(counts, guide, optax.adam(0.05), num_particles=64)
@@ -130,7 +130,7 @@ def test_global_sites_have_a_guide_of_their_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+@pytest.mark.parametrize("covariance", ["diagonal", pytest.param("full", marks=pytest.mark.slow)])
 def test_proposal_in_the_manner_of_automatic_guides(covariance):
     guide = AutoSmoothedNormal(constrained_panel, covariance=covariance)
     pvmc = PVMC(constrained_panel, guide, num_particles=64)
@@ -175,6 +175,7 @@ def test_a_start_at_the_mode():
     assert sizes[1].min() > 50
 
 
+@pytest.mark.slow
 def test_a_supervised_loss_refits_too():
     truth = SupervisedELBO(lambda y: {"x": jnp.zeros(T)}, 64)
     pvmc = PVMC(counts, AutoSmoothedNormal(counts), optax.sgd(0.0), truth)

@@ -18,8 +18,6 @@ from numpyro_pvmc.phases import calls, growth
 from numpyro_pvmc.program import Arguments, parameters_of_the_model
 from oracles import kalman_filter
 
-LONG_RUNS = True
-
 Q, R = 1.0, 0.5
 
 

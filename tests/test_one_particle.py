@@ -112,7 +112,7 @@ def scaled_emission(y):
     [
         pytest.param(two_plates, (3, 2), marks=pytest.mark.slow),
         (plate_on_the_left, (3,)),
-        (another_scan, ()),
+        pytest.param(another_scan, (), marks=pytest.mark.slow),
         pytest.param(hierarchy, (3,), marks=pytest.mark.slow),
         pytest.param(carry_of_many_leaves, (), marks=pytest.mark.slow),
         (factors, ()),
@@ -136,8 +136,8 @@ def test_one_particle_is_trace_elbo(x64, model, shape):
     ("model", "plates"),
     [
         pytest.param(two_plates, (3, 2), marks=pytest.mark.slow),
-        (plate_on_the_left, (3,)),
-        pytest.param(another_scan, (), marks=pytest.mark.slow),
+        pytest.param(plate_on_the_left, (3,), marks=pytest.mark.slow),
+        (another_scan, ()),
     ],
 )
 def test_shapes_are_tidy_in_the_posterior_and_the_models_own_in_samples(model, plates):

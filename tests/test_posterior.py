@@ -120,7 +120,7 @@ def particle_numbers(posterior, samples, site, n):
     return is_it.argmax(axis + 1)
 
 
-@pytest.mark.parametrize("name", ["two_coupled_sites", "series", "held"])
+@pytest.mark.parametrize("name", ["two_coupled_sites", *(pytest.param(n, marks=pytest.mark.slow) for n in ("series", "held"))])
 def test_trajectories_have_the_joint_law_of_the_lattice(name):
     """Neighbouring points, and the two ends, pair by pair; all sites of a point come from one particle."""
     program, posterior, number = BY_NAME[name], smoothed(name, 3), 20_000
@@ -181,7 +181,7 @@ def guide(y):
 PVMC_8 = PVMC(model, guide, num_particles=8)
 
 
-@pytest.mark.parametrize("sample_shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("sample_shape", [(), pytest.param((5,), marks=pytest.mark.slow), (2, 3)])
 def test_samples_have_the_sample_shape_and_deterministic_sites(sample_shape):
     samples = PVMC_8.posterior(jax.random.key(0), {"slope": A}, Y).sample(jax.random.key(1), sample_shape)
     at_once = PVMC_8.sample_posterior(jax.random.key(0), {"slope": A}, Y, sample_shape=sample_shape)

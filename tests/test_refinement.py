@@ -305,6 +305,7 @@ def test_full_covariances_need_plates_on_the_left():
     assert posterior.effective_sample_size()["x"].min() > 25
 
 
+@pytest.mark.slow
 def test_joint_guides_are_refused_as_ever():
     pvmc = PVMC(linear_gaussian, AutoMultivariateNormal(linear_gaussian), num_particles=8)
     with pytest.raises(ValueError, match="gives site 'x_0' a `Delta` law"):

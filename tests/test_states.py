@@ -242,7 +242,8 @@ def test_gradients_of_a_mixed_chain_have_one_mean(x64):
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("guide", ["default", pytest.param("AutoNormal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", ["default", "AutoNormal"])
 def test_a_recurrent_switching_system_trains(guide):
     guide = None if guide == "default" else AutoNormal(handlers.block(switching, hide=["s"]))
     pvmc = PVMC(switching, guide, num_particles=8)

@@ -35,6 +35,7 @@ def model(y=None, T=None):
     markov(step, x_0, y, length=T)
 
 
+@pytest.mark.slow
 def test_svi_takes_the_objective_and_equals_pvmc_step_by_step():
     guide = AutoNormal(model)
     stock = SVI(model, guide, optax.adam(0.05), loss=ImportanceSmoothedELBO(num_particles=4))

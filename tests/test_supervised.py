@@ -94,7 +94,7 @@ def exact_loss(program, posterior, states, error, skips_nan, bound, filtering):
 SLOW = pytest.mark.slow
 VALUES = [  # program, error, bound, filtering
     pytest.param("vector", "squared", 1.0, False, marks=SLOW),
-    ("vector", "kernel", 0.3, False),
+    pytest.param("vector", "kernel", 0.3, False, marks=SLOW),
     pytest.param("vector", "users", 0.3, True, marks=SLOW),
     pytest.param("two_coupled_sites", "kernel", 1.0, False, marks=SLOW),
     pytest.param("padded", "squared", 1.0, True, marks=SLOW),
@@ -197,7 +197,7 @@ def value_and_slope(loss):
     ("error", "choices"),
     [
         ("squared", {}),
-        ("squared", {"filtering": True, "bound": 0.0}),
+        pytest.param("squared", {"filtering": True, "bound": 0.0}, marks=SLOW),
         pytest.param("squared", {"method": "associative", "bound": 0.0}, marks=SLOW),
         ("kernel", {"bound": 0.2}),
         pytest.param("users", {"bound": 0.0}, marks=SLOW),

@@ -126,16 +126,14 @@ def methods():
 
 def runs():
     rows, _ = load("runs")
-    bar = rows["test_progress_bar"]
+    first, posterior, bar = (rows[name] for name in ("test_first_run_of_one_step", "test_first_posterior", "test_progress_bar"))
     cost = bar["seconds"] / bar["seconds without"] - 1
     return section(
         "Before and between the steps",
-        "The quickstart's volatility model, 2516 days and 64 particles. The first ``PVMC.run``, of one step, takes",
-        f"{rows['test_first_run_of_one_step']['seconds']:.1f} s: reading and checking the program, compiling, running. The first "
-        f"``PVMC.posterior``, refined four times, takes",
-        f"{rows['test_first_posterior']['seconds']:.1f} s. Later calls compile nothing. Steps run on the device between updates of the "
-        f"progress bar, two a second; of {bar['steps']}",
-        f"steps in {bar['seconds']:.2f} s the bar takes {100 * cost:.1f}%.",
+        "The quickstart's volatility model, 2516 days and 64 particles: the first ``PVMC.run``, of one step, takes",
+        f"{first['seconds']:.1f} s for reading and checking the program, compiling and running; the first ``PVMC.posterior``,",
+        f"refined four times, {posterior['seconds']:.1f} s. Later calls compile nothing. Steps run on the device between looks",
+        f"at the progress bar, two a second, which add {100 * cost:.1f}% to {bar['steps']} steps in {bar['seconds']:.2f} s.",
         "",
     )
 
@@ -148,8 +146,8 @@ def peers():
         "Beside other methods",
         "The same data and true parameters for all, 500 steps and 16 series. The spread is the standard deviation of the log",
         "evidence of one series over keys; the error is the squared distance of the smoothed mean from the exact one (for",
-        "filters alone, of the filtered mean from the smoothed one). PVMC and the tree propose from one guide, the exact filter's marginals,",
-        "unless a blind start is named.",
+        "filters alone, of the filtered mean from the smoothed one). PVMC and the tree propose from one guide, the exact",
+        "filter's marginals, unless a blind start is named.",
         "",
         table(
             "State estimation",
