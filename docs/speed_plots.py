@@ -7,23 +7,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 FOUND = json.loads(Path("../tests/benchmarks/results/curves.json").read_text())["benchmarks"]  # from this directory
-NAMES = {
-    "test_log_normalizer": "log normalizer",
-    "test_posterior": "posterior",
-    "test_value_and_gradient": "value and gradient",
-}
 AXES = {"T": ("steps T", 1), "K": ("particles K", 2), "B": ("series B", 1)}
 
 
 def time():
     figure, panels = plt.subplots(1, 3, figsize=(9, 3.5), sharey=True, layout="constrained")
     for panel, (axis, (label, slope)) in zip(panels, AXES.items(), strict=True):
-        for name, title in NAMES.items():
-            rows = [one for one in FOUND if one["name"].startswith(name) and one["extra_info"]["axis"] == axis]
-            sizes = np.array([one["extra_info"][axis] for one in rows])
-            ratios = np.array([one["extra_info"]["ratio to E"] for one in rows])
-            fitted = np.polyfit(np.log(sizes[-3:]), np.log(ratios[-3:]), 1)[0]
-            panel.loglog(sizes, ratios, "o-", label=f"{title}: {fitted:.2f}")
+        for curve in [one["extra_info"] for one in FOUND if one["extra_info"]["axis"] == axis]:
+            sizes, ratios = np.array(curve["sizes"]), np.array(curve["seconds"]) / curve["E"]
+            panel.loglog(sizes, ratios, "o-", label=f"{curve['work']}: {curve['slope']:.2f}")
         panel.loglog(sizes, ratios[-1] * (sizes / sizes[-1]) ** slope, ":", color="grey", label=f"line: {slope}")
         panel.set(xlabel=label)
         panel.minorticks_off()

@@ -50,7 +50,7 @@ def log_normalizer(
     :param method: ``"sequential"``, a scan of T steps of work K^2, memory O(T K); ``"blocked"``, about twice the root of T
         steps, of work T K^3 in all, memory O(T K) and a matrix for each block, or O(T K^2) for derivatives of weights;
         ``"associative"``, a tree of matrix products of work T K^3 and depth log T, memory O(T K^2); ``"auto"`` takes the
-        first on a CPU, and the last elsewhere for few particles.
+        first, but on a CPU the second for a long chain of at most four particles, and elsewhere the last for at most 32.
     :return: the log normalizer of each chain of the batch.
     :raises ValueError: for an unknown method.
 
@@ -267,11 +267,14 @@ def _log_weights(weights, mask):
 
 def _choose(method, node):
     check_method(method)
-    return _best_method(node.shape[-1]) if method == "auto" else method
+    return _best_method(len(node), math.prod(node.shape[1:-1]), node.shape[-1]) if method == "auto" else method
 
 
-def _best_method(num_particles):
-    return "associative" if jax.default_backend() != "cpu" and num_particles <= 32 else "sequential"
+def _best_method(length, series, num_particles):
+    """On a CPU by what docs/speed.rst shows; on an accelerator nothing was measured, and a tree spreads its work the most."""
+    if jax.default_backend() != "cpu":
+        return "associative" if num_particles <= 32 else "sequential"
+    return "blocked" if length >= 500 and num_particles <= 4 and series * num_particles <= 8 else "sequential"
 
 
 def _number_of_blocks(method, node):

@@ -30,7 +30,7 @@ def another_way(request):
     method = request.config.getoption("method")
     with pytest.MonkeyPatch.context() as patch:
         if method:
-            patch.setattr(smoothing, "_best_method", lambda num_particles: method)
+            patch.setattr(smoothing, "_best_method", lambda *sizes: method)
         if request.config.getoption("pair_by_pair"):
             patch.setattr(densities, "read_pair", lambda *site: None)
         yield

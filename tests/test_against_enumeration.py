@@ -25,8 +25,7 @@ QUICK = (
 )
 CASES = [  # tolerance, program, number of particles
     *(pytest.param(DOUBLE, name, 3, marks=() if name in QUICK else pytest.mark.slow) for name in BY_NAME),
-    (DOUBLE, "padded", 1),
-    *(pytest.param(DOUBLE, name, 1, marks=pytest.mark.slow) for name in ("deterministic_start", "two_coupled_sites")),
+    *(pytest.param(DOUBLE, name, 1, marks=pytest.mark.slow) for name in ("deterministic_start", "padded", "two_coupled_sites")),
     *((SINGLE, name, 2) for name in ("autoregression_4", "global_sites")),
     *(
         pytest.param(SINGLE, name, 2, marks=pytest.mark.slow)

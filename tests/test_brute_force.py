@@ -24,7 +24,7 @@ def no_guide(*args):
     pass
 
 
-@pytest.mark.parametrize("name", ["two_coupled_sites", "padded"])
+@pytest.mark.parametrize("name", [pytest.param("two_coupled_sites", marks=pytest.mark.slow), "padded"])
 def test_particles(x64, name):
     program = BY_NAME[name]
     posterior, _ = smooth(program, 2)

@@ -552,7 +552,13 @@ IMPOSSIBLE = {
 }
 
 
-@pytest.mark.parametrize(("law", "value"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+@pytest.mark.parametrize(
+    ("law", "value"),
+    [
+        pytest.param(*one, id=name, marks=[pytest.mark.slow] * (name in ("fractions", "interval", "too_many", "two_of_two")))
+        for name, one in IMPOSSIBLE.items()
+    ],
+)
 def test_data_that_their_law_cannot_have(law, value):
     y = jnp.full((T, *law(0.0).event_shape), 0.5 if law(0.0).support is dist.constraints.unit_interval else 1.0)
     with pytest.raises(ValueError, match=f"(?s)'y' contain .*{value}.*, which its law cannot have, first at time 2 .*mask"):

@@ -164,6 +164,7 @@ def test_where_it_starts():
     assert_allclose(params["auto_steps_factor"][5:].mean(), 0.5 / np.sqrt(1 - 0.25), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_start_at_the_mode():
     known = {"a": jnp.asarray(0.9)}
     guides = [AutoSmoothedNormal(counts, init=init) for init in ("prior", "laplace")]

@@ -104,6 +104,7 @@ def test_short_chains_and_constant_starts(length, has_start):
     assert (found.initial is not None) == has_start
 
 
+@pytest.mark.slow
 def test_gaps_and_padding():
     """A held state: the present steps are neighbours. Series a: steps 0, 3, 4; series b: the first two."""
     present = np.array([[1, 0, 0, 1, 1], [1, 1, 0, 0, 0]], bool).T
@@ -134,6 +135,7 @@ def test_gaps_and_padding():
     assert_allclose(covariance(found.steps)[~present], 1.0)
 
 
+@pytest.mark.slow
 def test_observed_after_the_scan():
     y = np.random.default_rng(2).normal(size=6)
 

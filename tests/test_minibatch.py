@@ -154,6 +154,7 @@ def test_few_effective_draws_are_said():
         )
 
 
+@pytest.mark.slow
 def test_the_guides_of_states_and_parameters():
     guide = AutoStateSpace(level, AutoMultivariateNormal)
     pvmc = PVMC(level, guide, num_particles=8)

@@ -189,6 +189,7 @@ def known_at_times(y, x, known):
     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), (y, x, known))
 
 
+@pytest.mark.slow
 def test_states_that_are_known_at_some_times(x64):
     """Each is one point of the lattice, however many particles it has."""
     states = Y + 0.2

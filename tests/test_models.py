@@ -66,6 +66,7 @@ def test_the_guide_is_its_description(program, values):
     assert_allclose(value, expected + program.propose_globals(globals_), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_latents_of_model_and_guide_agree(program, guide_sites):
     """Same names, same shapes, one log density for each step and series, and the description covers every latent."""
     model_sites = latent_sites(program, program.model)

@@ -53,6 +53,8 @@ LAWS = {
     "many_components": (lambda x, a: dist.Normal(a * jnp.tile(x, 7)[:20], 0.3).to_event(1), True),
 }
 
+LONGER = ("many_components", "mixture", "multivariate_by_covariance", "multivariate_whose_scale_moves", "scale_that_moves")
+
 
 def mixture(loc):
     return dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(loc[:, None], jnp.array([0.3, 1.0]))).to_event(
@@ -100,7 +102,7 @@ def both(monkeypatch, blocks, a, x):
     return found
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONGER)) for name in LAWS])
 def test_equal_those_of_every_pair(x64, monkeypatch, name):
     law, is_apart = LAWS[name]
     seen = []

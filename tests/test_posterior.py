@@ -22,7 +22,7 @@ from oracles import LinearGaussian, forecast, rts_smoother
 from test_against_enumeration import enumerate_program
 
 SHAPES = {"autoregression_4": (), "vector": (2,), "matrix": (3, 2, 2)}  # plates and event of a site
-by_shape = pytest.mark.parametrize("name", SHAPES)
+by_shape = pytest.mark.parametrize("name", ["autoregression_4", pytest.param("vector", marks=pytest.mark.slow), "matrix"])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -229,6 +229,7 @@ def test_a_mixed_chain_is_unbiased(x64, number):
     assert ratios.std() / np.sqrt(len(keys)) < 0.01
 
 
+@pytest.mark.slow
 def test_gradients_of_a_mixed_chain_have_one_mean(x64):
     y, keys = jnp.asarray(Y[:4, 0]), jax.random.split(jax.random.key(3), 20_000)
     means, errors = [], []

@@ -70,6 +70,7 @@ def test_run_without_growth_equals_svi():
     assert_allclose(ours.losses, theirs.losses, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_one_particle_is_trace_elbo_on_the_same_draws(x64):
     guide = AutoNormal(model)
     svi = SVI(model, guide, optax.adam(0.05), loss=Trace_ELBO())

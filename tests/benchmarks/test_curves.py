@@ -1,10 +1,15 @@
-"""How cost grows with the number of steps, of particles and of series: one of the three moves, the others stay."""
+"""How cost grows with the number of steps, of particles and of series: one of the three moves, the others stay.
+
+All sizes of a curve are timed in each round, so that they see the same machine.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from floor import exponentials, pairs, seconds
 
 from linear_gaussian import law, model, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
@@ -14,12 +19,9 @@ from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.smoothing import Edges, log_normalizer
 
 LONG_RUNS = True
-SIZES = (
-    [("T", T, 64, 4) for T in (50, 200, 1_000, 3_000, 10_000)]
-    + [("K", 500, K, 4) for K in (8, 32, 128, 256, 512)]
-    + [("B", 500, 64, B) for B in (1, 4, 16, 32, 64)]
-)
-every_size = pytest.mark.parametrize(("axis", "T", "K", "B"), SIZES)
+SIZES = {"T": (50, 200, 1_000, 3_000, 10_000), "K": (8, 32, 128, 256, 512), "B": (1, 4, 16, 32, 64)}
+OTHERS = {"T": 500, "K": 64, "B": 4}
+ROUNDS = 9
 
 
 def guide(y):
@@ -29,35 +31,44 @@ def guide(y):
         numpyro.sample("x", dist.Normal(loc[1:], jnp.exp(log_scale[1:])).to_event(1))
 
 
-@pytest.fixture
-def problem(T, B):
-    y = jnp.asarray(simulate(law(), T, B)[1], jnp.float32)
-    return y, {"decay": jnp.float32(0.38), "loc": y / 2, "log_scale": jnp.full(y.shape, -0.3)}
-
-
-@every_size
-def test_log_normalizer(measure, problem, axis, T, K, B):
-    """Of particles that are given."""
-    y, params = problem
+def of_given_particles(y, params, K):
     arguments = Arguments((y,), {})
     structure = read_structure(model, arguments, params)
     lattice = propose(jax.random.key(0), structure, model, guide, arguments, params, K, particles="iid")
     function, inputs = lattice.edges
     weigh = jax.jit(lambda node, inputs: log_normalizer(node, Edges(function, inputs)))
-    measure(weigh, lattice.node, inputs, rounds=9, axis=axis, T=T, K=K, B=B)
+    return lambda: weigh(lattice.node, inputs)
 
 
-@every_size
-def test_value_and_gradient(measure, problem, axis, T, K, B):
-    y, params = problem
-    loss = ImportanceSmoothedELBO(K, particles="iid")
-    step = jax.jit(jax.value_and_grad(lambda params, key: loss.loss(key, params, model, guide, y)))
-    measure(step, params, jax.random.key(0), rounds=9, axis=axis, T=T, K=K, B=B)
-
-
-@every_size
-def test_posterior(measure, problem, axis, T, K, B):
-    y, params = problem
+def of_posterior(y, params, K):
     pvmc = PVMC(model, guide, num_particles=K, particles="iid")
     weights = jax.jit(lambda params, key: pvmc.posterior(key, params, y).log_weights)
-    measure(weights, params, jax.random.key(0), rounds=9, axis=axis, T=T, K=K, B=B)
+    return lambda: weights(params, jax.random.key(0))
+
+
+def of_training(y, params, K):
+    loss = ImportanceSmoothedELBO(K, particles="iid")
+    step = jax.jit(jax.value_and_grad(lambda params, key: loss.loss(key, params, model, guide, y)))
+    return lambda: step(params, jax.random.key(0))
+
+
+WORK = {"log normalizer": of_given_particles, "posterior": of_posterior, "value and gradient": of_training}
+
+
+@pytest.mark.parametrize("axis", SIZES)
+@pytest.mark.parametrize("work", WORK)
+def test_curve(benchmark, work, axis):
+    calls, times = [], []
+    for size in SIZES[axis]:
+        T, K, B = (OTHERS | {axis: size}).values()
+        y = jnp.asarray(simulate(law(), T, B)[1], jnp.float32)
+        calls.append(WORK[work](y, {"decay": jnp.float32(0.38), "loc": y / 2, "log_scale": jnp.full(y.shape, -0.3)}, K))
+
+    def one_round():
+        times.append([seconds(exponentials, pairs()), *(seconds(call) for call in calls)])
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
+    floor, *medians = np.median(times[1:], 0)
+    slope = np.polyfit(np.log(SIZES[axis][-3:]), np.log(medians[-3:]), 1)[0]
+    benchmark.extra_info |= {"work": work, "axis": axis, "sizes": SIZES[axis], "E": floor, "seconds": medians, "slope": slope}
+    print(f"\n{work}, {axis}: slope at the end {slope:.2f}, E {floor:.4f} s,", np.round(medians, 4))
