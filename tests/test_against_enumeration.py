@@ -20,8 +20,8 @@ from oracles import enumerate_chain
 
 # Random programs and those of the contract go the same way; these are of the kinds that differ most.
 QUICK = (
-    *("autoregression_4", "two_coupled_sites", "padded", "held", "global_sites", "missing", "positive", "deterministic_start"),
-    *("clock", "pair_emission", "vector", "factor", "after_the_scan_in_plates"),
+    *("autoregression_4", "two_coupled_sites", "padded", "held", "global_sites", "missing"),
+    *("clock", "pair_emission", "factor", "after_the_scan_in_plates"),
 )
 CASES = [  # tolerance, program, number of particles
     *(pytest.param(DOUBLE, name, 3, marks=() if name in QUICK else pytest.mark.slow) for name in BY_NAME),

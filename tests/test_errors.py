@@ -325,6 +325,7 @@ def test_series_that_read_each_other(mean):
         initialise(series_in_plate(mean), None, jnp.zeros((T, 3)))
 
 
+@pytest.mark.slow
 def test_series_that_do_not_read_each_other_pass():
     initialise(series_in_plate(lambda x: jnp.array([0.1, 0.5, 0.9]) * x), None, jnp.zeros((T, 3)))
 
@@ -555,7 +556,9 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize(
     ("law", "value"),
     [
-        pytest.param(*one, id=name, marks=[pytest.mark.slow] * (name in ("fractions", "interval", "too_many", "two_of_two")))
+        pytest.param(
+            *one, id=name, marks=[pytest.mark.slow] * (name in ("fractions", "interval", "too_many", "two_of_two", "vector"))
+        )
         for name, one in IMPOSSIBLE.items()
     ],
 )

@@ -37,7 +37,7 @@ GLOBALS = {"slope": 0.6, "scale": 0.7}
 VARIANTS = ("parameters", "no_inputs", "series", "padded", "autoregression_1", "after_the_scan_with_first", "conditioned")
 SINGLES = ("vector", "held", "pair_emission", "after_the_scan_in_plates")
 slow = pytest.mark.slow
-QUICK = ("two_coupled_sites", "held", "missing", "autoregression_4")
+QUICK = ("two_coupled_sites", "missing", "autoregression_4")
 CASES = [
     *((DOUBLE, name) for name in QUICK),
     *(pytest.param(DOUBLE, n, marks=slow) for n in BY_NAME if n not in (*REFUSED, *VARIANTS, *QUICK) or n == "global_sites"),

@@ -169,6 +169,10 @@ def test_the_guides_of_states_and_parameters():
 def test_what_makes_no_guide_is_refused():
     with pytest.raises(TypeError, match=r"`parameters` must take a model and return a guide.*Give the class"):
         AutoStateSpace(level, AutoNormal(level))
+
+
+@pytest.mark.slow
+def test_a_start_that_looks_at_all_data_is_none_of_minibatches():
     guide = AutoStateSpace(panel, states=functools.partial(AutoSmoothedNormal, init="laplace"))
     with pytest.raises(ValueError, match=r"`init='laplace'` looks at all data, and the plates \['series'\] draw minibatches"):
         PVMC(panel, guide).init(jax.random.key(0), jnp.asarray(Y), 2)

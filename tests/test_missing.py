@@ -161,7 +161,8 @@ def covariance_of(length, start=1.0):
     return NOISE**2 * moves @ moves.T + start * np.outer(power, power)
 
 
-@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [False, True])
 def test_obs_mask_is_a_mask_that_imputes(x64, after):
     arguments = jnp.asarray(np.where(SEEN, Y, np.nan)), jnp.asarray(SEEN), after
     pvmc = PVMC(by_obs_mask, num_particles=256)
@@ -219,6 +220,7 @@ def around(y, inside):
         scan(step, x_0, y)
 
 
+@pytest.mark.slow
 def test_handlers_around_the_scan_act_on_its_sites(x64):
     values = [
         PVMC(around, num_particles=4).posterior(jax.random.key(0), {}, jnp.asarray(Y), inside).log_normalizer

@@ -132,14 +132,8 @@ def test_one_particle_is_trace_elbo(x64, model, shape):
     assert_allclose(smoothed, plain, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("model", "plates"),
-    [
-        pytest.param(two_plates, (3, 2), marks=pytest.mark.slow),
-        pytest.param(plate_on_the_left, (3,), marks=pytest.mark.slow),
-        (another_scan, ()),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "plates"), [(two_plates, (3, 2)), (plate_on_the_left, (3,)), (another_scan, ())])
 def test_shapes_are_tidy_in_the_posterior_and_the_models_own_in_samples(model, plates):
     y = jnp.zeros((T, *plates))
     pvmc = PVMC(model, AutoNormal(model), num_particles=4)

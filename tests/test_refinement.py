@@ -170,6 +170,7 @@ def test_any_gaussian_guide_can_be_refined(guide):
     assert_allclose(after.mean()["x"], exact_moments()[0][1:], atol=0.05)
 
 
+@pytest.mark.slow
 def test_sites_that_read_each_other_in_the_guide():
     """Two sites a step, the second given the first: read at the first's median, then refitted with their correlation."""
 

@@ -87,6 +87,7 @@ def test_quasi_random_particles_are_better_ones():
     assert even.mean() > independent.mean()
 
 
+@pytest.mark.slow
 def test_bound_rises_to_the_evidence_from_below():
     bounds = [log_evidence(k).mean() for k in (1, 8, 32)]
     error = log_evidence(32).std() / np.sqrt(4000)
