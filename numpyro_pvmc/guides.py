@@ -29,7 +29,7 @@ from numpyro_pvmc.refinement import refitted, sample_proposal
 COVARIANCES = ("diagonal", "full")
 INITS = ("prior", "laplace")
 
-_DRAWS = 64  # of the prior, for where to start
+_DRAWS = 128  # of the prior, for where to start
 
 
 class AutoSmoothedNormal(AutoGuide):

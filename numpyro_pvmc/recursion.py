@@ -125,8 +125,6 @@ def log_sum_of_trajectories(
     def keep(node, real, constants, fixed, mask):
         log_z, alpha, of_blocks = _forward(node, lambda one: of_transition(*one, constants), (real, fixed), mask, blocks)
         last = alpha[-1] if of_blocks is None else blocks.cut(alpha[1:])[-1] + ends(of_blocks)
-        # A chain without a possible trajectory has no weights.
-        last = jnp.where(jnp.isneginf(log_z)[..., None], -jnp.inf, last)
         return log_z, (real, constants, fixed, mask, alpha[:-1], last)
 
     def pull_back(kept, cotangent):

@@ -144,6 +144,18 @@ def test_far_apart_in_single_precision(name):
         assert_allclose(ours, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max() + 1e-12)
 
 
+def test_gradient_far_from_zero_in_single_precision():
+    """Particles near each other, and a million noise scales from the origin of the coordinates."""
+    law = lambda x, a: dist.Normal(x + a, 0.3).to_event(1)
+    x = np.asarray(values(law) + 3e5, np.float32)
+    found = []
+    for dtype in (np.float32, np.float64):
+        with jax.enable_x64(dtype == np.float64):
+            block, pull = jax.vjp(jax.jit(chain_of(law)), jnp.asarray(0.25, dtype), jnp.asarray(x, dtype))
+            found.append(np.asarray(pull(jnp.exp(block - block.max()))[1], float))
+    assert_allclose(found[0], found[1], atol=2e-3 * np.abs(found[1]).max())
+
+
 def test_what_reads_one_particle_is_evaluated_once_for_each():
     """No array of K x K x components of the transition's mean, nor anything of a network's width for pairs."""
     weights = jnp.ones((N, 17)), jnp.ones((17, N))
