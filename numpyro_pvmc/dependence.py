@@ -150,7 +150,7 @@ def holds(function: Callable[..., Any], value: Any, *others: Any, trials: int = 
         first, second = _stand_ins(value, 0, always=True), _stand_ins(value, 1, always=True)
         tried = [_stand_ins(others, 2 + trial, always=True) for trial in range(trials)]
         others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tried)
-    return bool(np.all(_computed(jax.vmap(held, (None, None, 0)), first, second, others)))
+    return bool(np.all(_computed(jax.vmap(held, (None, None, 0), axis_size=trials), first, second, others)))
 
 
 def follows_slope(function: Callable[..., Any], value: Any, *others: Any, scales: tuple[float, ...] = (1.0, -30.0, 1e3)) -> Any:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_pvmc.dependence import couples
+from numpyro_pvmc.dependence import couples, follows_slope, holds
 
 
 @jax.custom_jvp
@@ -44,3 +44,26 @@ def test_inside_jit(x64):
 
     traced(ROWS)
     assert found == [True]
+
+
+def test_held_or_not(x64):
+    mask, old, new = np.array([True, False]), np.array([0.0, 1.0]), np.array([2.0, 3.0])
+    assert holds(lambda old, mask, new: jnp.where(mask, new, old), old, mask, new)
+    assert not holds(lambda old, mask, new: jnp.where(mask, old + new, old), old, mask, new)
+    assert holds(lambda old: old, old)
+    assert not holds(lambda old: old + 1.0, old)
+
+
+def test_all_questions_inside_jit(x64):
+    """A program may be read while another is traced; constants of the functions are computed with them."""
+    found = []
+
+    @jax.jit
+    def traced(x, mask):
+        found.append(holds(lambda old, mask: jnp.where(mask, jnp.ones(3).sum(), old), x, mask))
+        found.append(holds(lambda old, mask: jnp.where(mask, jnp.ones(3).sum() * old, old), x, mask))
+        found.append(follows_slope(lambda x: {"line": 2 * x + jnp.ones(3).sum(), "steps": jnp.floor(x)}, x))
+        return x
+
+    traced(jnp.arange(3.0), jnp.array([True, False, True]))
+    assert found == [True, False, {"line": True, "steps": False}]
