@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float
 
 from numpyro_pvmc.blocks import Blocks, ends, products, starts
@@ -107,28 +107,30 @@ def log_sum_of_trajectories(
         return logsumexp(node[0], -1)
     blocks = Blocks(len(node) - 1, number_of_blocks)
     function, inputs = lazy(edge)
-    function, constants = jax.closure_convert(function, jax.tree.map(lambda leaf: leaf[0], inputs))
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    function, constants = jax.closure_convert(function, first)
+    function, held = _with_held(function, first, *constants)
     leaves, treedef = jax.tree.flatten(inputs)
     is_real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     real, fixed = ([leaf for leaf, is_kind in zip(leaves, is_real, strict=True) if is_kind == kind] for kind in (True, False))
 
-    def of_transition(real, fixed, constants):
+    def of_transition(real, fixed, constants, held):
         real, fixed = iter(real), iter(fixed)
-        return function(
-            jax.tree.unflatten(treedef, [next(real) if is_kind else next(fixed) for is_kind in is_real]), *constants
-        )
+        inputs = jax.tree.unflatten(treedef, [next(real) if is_kind else next(fixed) for is_kind in is_real])
+        return function(held, inputs, *constants)
 
     @jax.custom_vjp
     def evaluate(*arguments):
         return keep(*arguments)[0]
 
-    def keep(node, real, constants, fixed, mask):
-        log_z, alpha, of_blocks = _forward(node, lambda one: of_transition(*one, constants), (real, fixed), mask, blocks)
+    def keep(node, real, constants, fixed, held, mask):
+        edge = lambda one: of_transition(*one, constants, held)
+        log_z, alpha, of_blocks = _forward(node, edge, (real, fixed), mask, blocks)
         last = alpha[-1] if of_blocks is None else blocks.cut(alpha[1:])[-1] + ends(of_blocks)
-        return log_z, (real, constants, fixed, mask, alpha[:-1], last)
+        return log_z, (real, constants, fixed, held, mask, alpha[:-1], last)
 
     def pull_back(kept, cotangent):
-        real, constants, fixed, mask, alpha, last = kept
+        real, constants, fixed, held, mask, alpha, last = kept
 
         @jax.checkpoint  # for derivatives of the derivative
         def step(carry, given):
@@ -136,12 +138,11 @@ def log_sum_of_trajectories(
             alpha, present, real, fixed = given
 
             def block(real, constants):
-                edge = blocks.at_once(lambda one: of_transition(*one, constants))((real, fixed)).astype(alpha.dtype)
+                edge = blocks.at_once(lambda one: of_transition(*one, constants, held))((real, fixed)).astype(alpha.dtype)
                 return edge if present is None else jnp.where(present[..., None, None], edge, 0.0)
 
             edge, pull = jax.vjp(block, real, constants)
-            joint = alpha[..., :, None] + edge
-            shares = jnp.exp(joint - finite(joint.max(-2, keepdims=True)))
+            shares = jnp.exp(less_largest(alpha[..., :, None] + edge, -2)[1])
             total = shares.sum(-2)
             pairs = shares * jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)[..., None, :]
             if present is None:
@@ -157,11 +158,28 @@ def log_sum_of_trajectories(
         (first, of_constants), results = scan_reading_ahead(step, start, given, reverse=True)
         rest, of_real = blocks.join(results)
         of_node = jnp.concatenate([first[None] if blocks.number == 1 else first[:1], rest])
-        none = lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0)
-        return of_node, of_real, of_constants, jax.tree.map(none, fixed), jax.tree.map(none, mask)
+        return of_node, of_real, of_constants, None, None, None
 
     evaluate.defvjp(keep, pull_back)
-    return evaluate(node, real, constants, fixed, mask)
+    return evaluate(node, real, constants, fixed, held, mask)
+
+
+def _with_held(function, *example):
+    """A function of what it closes over as well, as its first argument, and that.
+
+    `jax.closure_convert` leaves out what has no derivative, such as a random key. But the backward pass outlives the trace
+    that such a tracer belongs to.
+    """
+    program = jax.make_jaxpr(function)(*example)
+    is_held = [isinstance(constant, jax.core.Tracer) for constant in program.consts]
+
+    def of_all(held, *args):
+        held = iter(held)
+        constants = [next(held) if is_kind else known for is_kind, known in zip(is_held, program.consts, strict=True)]
+        (result,) = jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(*jax.tree.leaves(args))
+        return result
+
+    return of_all, [constant for constant, is_kind in zip(program.consts, is_held, strict=True) if is_kind]
 
 
 def backward(

@@ -102,6 +102,12 @@ def both(monkeypatch, blocks, a, x):
     return found
 
 
+@pytest.fixture(autouse=True)
+def put_together(pytestconfig):
+    if pytestconfig.getoption("pair_by_pair"):
+        pytest.skip("of densities that this run does without")
+
+
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONGER)) for name in LAWS])
 def test_equal_those_of_every_pair(x64, monkeypatch, name):
     law, is_apart = LAWS[name]

@@ -291,6 +291,20 @@ def test_edges_computed_when_needed_are_the_array_of_them(x64, batch, method):
     jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-15), lazy, dense)
 
 
+@sequential_by_default
+def test_edges_may_close_over_anything(x64, method):
+    """A parameter, and what has no derivative: also where the compiled value is differentiated from outside, and twice."""
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)))
+
+    @jax.jit
+    def log_normalizer(slope, x):
+        key, shift = jax.random.key(0), jnp.arange(3)
+        edge = lambda ends: -0.5 * (ends[1] - slope * ends[0][:, None] - 0.1 * jax.random.normal(key, (3,)) - shift) ** 2
+        return smoothing.log_normalizer(-0.5 * x**2, smoothing.Edges(edge, (x[:-1], x[1:])), method=method)
+
+    check_grads(log_normalizer, (jnp.asarray(0.7), x), order=2, modes=["rev"])
+
+
 def test_vmap_is_a_batch(x64):
     node, edge, mask = random_chain(3, (2,), 3, masked=True)
     batched = everything(node, edge, mask, "sequential")
