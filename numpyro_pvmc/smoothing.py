@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from numpyro_pvmc.recursion import Edges, backward, forward, lazy, log_sum_of_trajectories, scaled, scan_reading_ahead
-from numpyro_pvmc.semiring import logmatmulexp, logsumexp
+from numpyro_pvmc.semiring import less_largest, logmatmulexp, logsumexp
 
 METHODS = ("auto", "sequential", "blocked", "associative")
 
@@ -64,7 +64,8 @@ def log_normalizer(
     node = _at_least_single(node)
     method = _choose(method, node)
     if method == "associative":
-        return logsumexp(node[0] + logsumexp(_product(node, edge, mask), -1), -1)
+        constant, product = _product(node, edge, mask)
+        return constant + logsumexp(node[0] + logsumexp(product, -1), -1)
     return log_sum_of_trajectories(node, edge, mask, _number_of_blocks(method, node))
 
 
@@ -283,14 +284,21 @@ def _number_of_blocks(method, node):
 
 
 def _product(node, edge, mask):
-    """Product of the matrices that take alpha from the first point to the last."""
+    """Product of the matrices that take alpha from the first point to the last: a constant, and the matrix less it."""
     function, inputs = lazy(edge)
     matrices = jax.vmap(function)(inputs).astype(node.dtype) + node[1:, ..., None, :]
     identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), jnp.zeros((), node.dtype), -jnp.inf)
     if mask is not None:
         matrices = jnp.where(mask[1:, ..., None, None], matrices, identity)
     matrices = jnp.broadcast_to(matrices, (*node[1:].shape, node.shape[-1]))
+    if not len(matrices):
+        return jnp.zeros_like(node[0, ..., 0]), jnp.broadcast_to(identity, (*node[0].shape, node.shape[-1]))
+    constants, matrices = less_largest(matrices, (-2, -1))
     while len(matrices) > 1:
-        paired = logmatmulexp(matrices[:-1:2], matrices[1::2])
-        matrices = jnp.concatenate([paired, matrices[-1:]]) if len(matrices) % 2 else paired
-    return matrices[0] if len(matrices) else jnp.broadcast_to(identity, (*node[0].shape, node.shape[-1]))
+        last = constants[-1:], matrices[-1:]
+        is_odd = len(matrices) % 2
+        gain, matrices = less_largest(logmatmulexp(matrices[:-1:2], matrices[1::2]), (-2, -1))
+        constants = constants[:-1:2] + constants[1::2] + gain
+        if is_odd:
+            constants, matrices = (jnp.concatenate(pair) for pair in zip((constants, matrices), last, strict=True))
+    return constants[0], matrices[0]
