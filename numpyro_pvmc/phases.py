@@ -1,4 +1,4 @@
-"""A number of steps in, the phases of a run that starts cold out."""
+"""A number of steps in, how a run goes through them out: phases of a cold start, and compiled calls."""
 
 import math
 import time

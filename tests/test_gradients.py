@@ -17,8 +17,6 @@ from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc import ImportanceSmoothedELBO
 
-LONG_RUNS = False
-
 Y = jnp.array([0.3, -0.5, 1.2, 0.4])
 PARAMS = {"loc": jnp.array([0.1, 0.1, 0.3, 0.5, 0.3]), "log_scale": jnp.full(5, -0.3), "a": jnp.array(0.8)}
 

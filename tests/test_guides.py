@@ -15,8 +15,6 @@ from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 
-LONG_RUNS = False
-
 T = 40
 
 

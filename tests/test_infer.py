@@ -69,6 +69,29 @@ def test_second_run_on_other_data_compiles_nothing():
     pvmc.sample_posterior(jax.random.key(1), params, simulate(2, 6), sample_shape=(3,))
     pvmc.run(jax.random.key(3), 250, simulate(3, 6), progress_bar=False, init_state=state)
     assert model.calls == before
+    calls_of_init = _calls(model, lambda: pvmc.init(jax.random.key(4), simulate(4, 6)))
+    calls_of_run = _calls(model, lambda: pvmc.run(jax.random.key(5), 40, simulate(5, 6), progress_bar=False, grow=False))
+    assert calls_of_run <= calls_of_init + 2  # the names of its parameters
+
+
+@pytest.mark.slow
+def test_a_run_from_a_state_has_one_phase_of_its_own():
+    model = CountedModel()
+    pvmc = PVMC(model, AutoNormal(model), num_particles=4)
+    pvmc.run(jax.random.key(0), 130, simulate(0, 6), progress_bar=False)
+    state = pvmc.init(jax.random.key(1), simulate(1, 6))
+    go_on = lambda: pvmc.run(jax.random.key(2), 70, simulate(2, 6), progress_bar=False, init_state=state)
+    assert _calls(model, go_on) <= 20
+    assert _calls(model, go_on) == 0
+    calls_of_init = _calls(model, lambda: pvmc.init(jax.random.key(4), simulate(4, 6)))
+    calls_of_run = _calls(model, lambda: pvmc.run(jax.random.key(5), 40, simulate(5, 6), progress_bar=False))
+    assert calls_of_run <= calls_of_init + 2
+
+
+def _calls(model, action):
+    before = model.calls
+    action()
+    return model.calls - before
 
 
 def test_second_run_from_the_start_compiles_nothing(caplog):

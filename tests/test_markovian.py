@@ -18,8 +18,6 @@ from scipy import stats
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, markov
 from oracles import LinearGaussian, enumerate_chain, kalman_filter
 
-LONG_RUNS = False
-
 A, Q, R = 0.9, 0.3, 0.5
 Y = np.array([0.4, -0.2, 0.9, 1.3])
 SERIES = np.stack([Y, -Y], 1)

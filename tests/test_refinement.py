@@ -18,8 +18,6 @@ from numpyro_pvmc import PVMC, AutoSmoothedNormal
 from numpyro_pvmc.moments import Moments, dense, diagonal, refit, spread
 from oracles import LinearGaussian, kalman_filter, rts_smoother
 
-LONG_RUNS = False
-
 
 def draws_and_weights(seed, number=5000, dimensions=2):
     rng = np.random.default_rng(seed)
@@ -279,7 +277,9 @@ def test_what_cannot_be_refined():
         pvmc.posterior(random.key(0), {}, SERIES, temper=0.5)
 
 
-@pytest.mark.parametrize(("series", "num_particles"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("series", "num_particles"), [(1, 1), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, 1), (1, 8)))]
+)
 def test_one_step_one_particle_one_series(series, num_particles):
     pvmc = PVMC(linear_gaussian, num_particles=num_particles)
     posterior = pvmc.posterior(random.key(0), {}, SERIES[:1, :series], series, refine=2)

@@ -15,8 +15,6 @@ from numpyro.infer import SVI
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
 from oracles import forward_backward
 
-LONG_RUNS = False
-
 Y = jnp.array([0.3, -0.5, 1.2, 0.4])
 PARAMS = {"loc": jnp.array([0.1, 0.1, 0.3, 0.5]), "log_scale": jnp.full(4, -0.3), "a": jnp.array(0.8)}
 
@@ -141,6 +139,12 @@ def test_a_schedule_counts_updates():
     assert (np.diff([PARAMS["a"], *values]) == 0).tolist() == [True] * 5 + [False] * 3
     result = pvmc.run(random.key(0), 8, Y, progress_bar=False, grow=False)
     assert_allclose(result.params["a"], values[-1], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_schedule_may_be_one_of_optax():
+    linear = ImportanceSmoothedELBO(8, gradient_scale={"x": optax.linear_schedule(0.05, 1.0, 95)})
+    assert np.isfinite(PVMC(model, guide, loss=linear).run(random.key(0), 5, Y, progress_bar=False).losses).all()
 
 
 def test_scales_that_cannot_be_used():

@@ -74,8 +74,9 @@ def test_enumeration(T, batch, K, masked, method, tolerance):
         assert_allclose(pairs[here], exact.pair_weights, **near)
 
 
-def test_all_speeds_are_one_number(x64):
-    node, edge, mask = random_chain(8, (2,), 3, masked=True)
+@pytest.mark.parametrize("T", [pytest.param(5, marks=pytest.mark.slow), 8])
+def test_all_speeds_are_one_number(x64, T):
+    node, edge, mask = random_chain(T, (2,), 3, masked=True, seed=T)
     sequential, *others = (everything(node, edge, mask, method) for method in ("sequential", "blocked", "associative"))
     for other in others:
         jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-14), sequential, other)

@@ -38,10 +38,6 @@ def table(title, columns, rows):
     return "\n".join(lines) + "\n"
 
 
-def lines(*parts):
-    return "\n".join(parts) + "\n"
-
-
 def section(title, *parts):
     return "\n".join([title, "-" * len(title), "", *parts])
 
@@ -170,10 +166,10 @@ def time_to_accuracy(rows, error=0.01):
     ours, theirs = ([row for row in rows if word in row["method"]] for word in ("blind", "backward"))
     ours = min((row for row in ours if row["e_x"] <= error), key=lambda row: row["seconds"])
     theirs = min(theirs, key=lambda row: row["e_x"])
-    return lines(
-        f"To an error of {short(ours['e_x'])} of the state PVMC takes {ours['seconds']:.1f} s from a blind start, all rounds",
-        f"counted. The particle smoother is at {short(theirs['e_x'])} with {theirs['K']} particles after",
-        f"{theirs['seconds']:.0f} s, {theirs['seconds'] / ours['seconds']:.0f} times as long.",
+    return (
+        f"To an error of {short(ours['e_x'])} of the state PVMC takes {ours['seconds']:.1f} s from a blind start, all rounds\n"
+        f"counted. The particle smoother is at {short(theirs['e_x'])} with {theirs['K']} particles after\n"
+        f"{theirs['seconds']:.0f} s, {theirs['seconds'] / ours['seconds']:.0f} times as long.\n"
     )
 
 
