@@ -49,3 +49,12 @@ def model(y):
         x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0).expand([DIMENSION]).to_event(1))
         numpyro.sample("y_0", dist.Normal(x_0, 1.0).to_event(1), obs=y[0])
     scan(step, x_0, y[1:])
+
+
+def guide(y):
+    """A Normal for each state, near its observation at first."""
+    loc, log_scale = numpyro.param("loc", y / 2), numpyro.param("log_scale", jnp.full(y.shape, -0.3))
+    scale = jnp.exp(log_scale)
+    with numpyro.plate("series", y.shape[1]):
+        numpyro.sample("x_0", dist.Normal(loc[0], scale[0]).to_event(1))
+        numpyro.sample("x", dist.Normal(loc[1:], scale[1:]).to_event(1))

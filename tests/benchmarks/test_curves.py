@@ -6,12 +6,10 @@ All sizes of a curve are timed in each round, so that they see the same machine.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import pytest
 from floor import exponentials, pairs, seconds
 
-from linear_gaussian import law, model, simulate
+from linear_gaussian import guide, law, model, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.potentials import propose
@@ -22,13 +20,6 @@ LONG_RUNS = True
 SIZES = {"T": (50, 200, 1_000, 3_000, 10_000), "K": (8, 32, 128, 256, 512), "B": (1, 4, 16, 32, 64)}
 OTHERS = {"T": 500, "K": 64, "B": 4}
 ROUNDS = 9
-
-
-def guide(y):
-    loc, log_scale = numpyro.param("loc", y / 2), numpyro.param("log_scale", jnp.full(y.shape, -0.3))
-    with numpyro.plate("series", y.shape[1]):
-        numpyro.sample("x_0", dist.Normal(loc[0], jnp.exp(log_scale[0])).to_event(1))
-        numpyro.sample("x", dist.Normal(loc[1:], jnp.exp(log_scale[1:])).to_event(1))
 
 
 def of_given_particles(y, params, K):

@@ -6,12 +6,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpyro
-import numpyro.distributions as dist
 import optax
 import pytest
 
-from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
+from linear_gaussian import SERIES, TRANSITIONS, guide, law, model, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.drawing import draw, sites_to_draw
@@ -25,14 +23,6 @@ AUTHORS = (
     "6.4 s for one training step of the guide, 12.6 s of guide and model, 5.4 s for the smoothing weights: the PyTorch code of "
     "Brady, Nüsken & Li (ICML 2026) at this size, float32, medians on two CPU cores of another machine"
 )
-
-
-def guide(y):
-    loc, log_scale = numpyro.param("loc", y / 2), numpyro.param("log_scale", jnp.full(y.shape, -0.3))
-    scale = jnp.exp(log_scale)
-    with numpyro.plate("series", SERIES):
-        numpyro.sample("x_0", dist.Normal(loc[0], scale[0]).to_event(1))
-        numpyro.sample("x", dist.Normal(loc[1:], scale[1:]).to_event(1))
 
 
 @pytest.fixture(scope="module")

@@ -3,30 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import optax
 import pytest
 from floor import seconds
-from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc import PVMC, AutoSmoothedNormal
 from numpyro_pvmc.datasets import load_sp500_returns
+from volatility import model
 
 LONG_RUNS = True
 K, STEPS = 64, 100
-
-
-def model(y):
-    mu, sigma = numpyro.param("mu", 0.0), numpyro.param("sigma", 0.6, constraint=dist.constraints.positive)
-    phi = numpyro.param("phi", 0.8, constraint=dist.constraints.unit_interval)
-
-    def step(x_prev, y_t):
-        x = numpyro.sample("x", dist.Normal(mu + phi * (x_prev - mu), sigma))
-        numpyro.sample("y", dist.Normal(0.0, jnp.exp(x / 2)), obs=y_t)
-        return x, None
-
-    scan(step, numpyro.sample("x_0", dist.Normal(mu, sigma / jnp.sqrt(1 - phi**2))), y)
 
 
 def fit():
@@ -45,7 +31,7 @@ def test_first_run_of_one_step(benchmark, y):
 
 
 def test_first_posterior(benchmark, y):
-    params = {"mu": -0.5, "sigma": 0.3, "phi": 0.95}
+    params = {"mu": -0.5, "s": 0.3, "phi": 0.95}
     first = lambda: jax.block_until_ready(fit().posterior(jax.random.key(0), params, y, refine=4).log_normalizer)
     benchmark.pedantic(first, setup=jax.clear_caches, rounds=3)
 

@@ -5,7 +5,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
@@ -13,27 +12,13 @@ from cuthbert import filter as run_filter
 from cuthbert.smc import particle_filter
 from cuthbertlib.resampling import adaptive, systematic
 from jax import random
-from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc import PVMC, AutoSmoothedNormal
 from numpyro_pvmc.datasets import load_sp500_returns
 from record import record
+from volatility import model
 
 LONG_RUNS = True
-
-
-def model(y):
-    """The parameters start far from what they will be: mean -0.5, persistence 0.97, noise 0.27."""
-    mu = numpyro.param("mu", 1.0)
-    phi = numpyro.param("phi", 0.5, constraint=dist.constraints.unit_interval)
-    s = numpyro.param("s", 0.8, constraint=dist.constraints.positive)
-
-    def step(x_prev, y_t):
-        x = numpyro.sample("x", dist.Normal(mu + phi * (x_prev - mu), s))
-        numpyro.sample("y", dist.Normal(0.0, jnp.exp(x / 2)), obs=y_t)
-        return x, None
-
-    scan(step, numpyro.sample("x_0", dist.Normal(mu, s / jnp.sqrt(1 - phi**2))), y)
 
 
 @jax.jit
