@@ -9,6 +9,7 @@ from jax import lax
 from numpyro_pvmc.chain import Chain, after_scan, begin, log_density, sites_of_step, step, with_gradient_scale
 from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.pairs import read_pair
+from numpyro_pvmc.parts import at_all_steps
 from numpyro_pvmc.smoothing import Edges
 from numpyro_pvmc.states import joint_values, number_of_states
 from numpyro_pvmc.structure import Structure
@@ -60,7 +61,8 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
 
         _, (log_node, states, outputs) = lax.scan(advance, first_state, (chain.inputs, particles.steps))
     else:
-        log_node, states, outputs = jax.vmap(nodes, in_axes=(0, None, 0))(chain.inputs, first_state, particles.steps)
+        at_step = lambda inputs_and_latent: nodes(inputs_and_latent[0], first_state, inputs_and_latent[1])
+        log_node, states, outputs = at_all_steps(at_step, (chain.inputs, particles.steps))
     log_p = jnp.concatenate([log_begin[None], log_node])
     if structure.later_factors:
         log_p = log_p + jax.vmap(lambda x_0, y: after_scan(chain, x_0, y), in_axes=(0, 1), out_axes=-1, axis_size=number)(
@@ -120,7 +122,7 @@ def _edges(chain, number, inputs, put_together):
 
     if not apart:
         return Edges(block, (inputs, {}))
-    return Edges(block, (inputs if others else (), jax.vmap(prepared)(inputs)))
+    return Edges(block, (inputs if others else (), at_all_steps(prepared, inputs)))
 
 
 def _read_apart(chain, inputs, before, latent):

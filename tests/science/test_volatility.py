@@ -45,7 +45,9 @@ def test_learned_from_a_poor_start():
     posterior = jax.jit(jax.vmap(lambda key: pvmc.posterior(key, result.params, y).log_normalizer))
     bound = np.asarray(posterior(random.split(random.key(1), 100)))
     learned = [result.params[name] for name in ("mu", "phi", "s")]
-    evidence = np.array([filter_evidence(key, y, *learned) for key in random.split(random.key(2), 6)])
-    record("volatility", "refitted guide, K = 64, 150 updates", "bound", bound.mean(), f"filter {evidence.mean():.2f}", seconds)
-    assert abs(bound.mean() - evidence.mean()) <= 0.5
+    # The log evidence of one filter has a standard deviation of 0.35.
+    of_filters = np.array([filter_evidence(key, y, *learned) for key in random.split(random.key(2), 48)], float)
+    evidence = np.logaddexp.reduce(of_filters) - np.log(len(of_filters))
+    record("volatility", "refitted guide, K = 64, 150 updates", "bound", bound.mean(), f"filter {evidence:.2f}", seconds)
+    assert abs(bound.mean() - evidence) <= 0.5
     assert 0.9 < result.params["phi"] < 0.99
