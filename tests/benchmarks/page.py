@@ -75,9 +75,9 @@ def known_states():
     return section(
         "Learning from known states",
         "A training step of the paper's prey-predator experiment (256 steps, 16 series, 32 particles, two networks of 5 x 32,",
-        f"a guide of convolutions) takes {update:.2f} s. Value and gradient of the two networks alone take {networks:.2f} s for all",
-        "steps at once: the update takes a few steps at a time, whose numbers stay in the processor's caches. On two cores of",
-        "another machine the authors' PyTorch code took 15 s, the fastest filter of pydpf 0.52 s.",
+        f"a guide of convolutions) takes {update:.2f} s. Value and gradient of the two networks alone, all steps at once, take",
+        f"{networks:.2f} s; the update takes a few steps at a time, whose numbers stay in the processor's caches. On two cores",
+        "of another machine the authors' PyTorch code took 15 s, the fastest filter of pydpf 0.52 s.",
         "",
     )
 
