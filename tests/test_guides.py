@@ -113,7 +113,7 @@ def test_global_sites_have_a_guide_of_their_own():
         scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
 
     with pytest.raises(ValueError, match=r"does not sample \['scale'\].*AutoGuideList"):
-        PVMC(model, num_particles=8).init(random.key(0), Y)
+        PVMC(model, AutoSmoothedNormal(model), num_particles=8).init(random.key(0), Y)
     guide = AutoGuideList(model)
     guide.append(AutoNormal(numpyro.handlers.block(numpyro.handlers.seed(model, 0), expose=["scale"]), prefix="global"))
     guide.append(AutoSmoothedNormal(model))
