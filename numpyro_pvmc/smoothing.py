@@ -22,8 +22,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from numpyro_pvmc import tree
 from numpyro_pvmc.recursion import Edges, backward, forward, lazy, log_sum_of_trajectories, scaled, scan_reading_ahead
-from numpyro_pvmc.semiring import less_largest, logmatmulexp, logsumexp
 
 METHODS = ("auto", "sequential", "blocked", "associative")
 
@@ -64,8 +64,7 @@ def log_normalizer(
     node = _at_least_single(node)
     method = _choose(method, node)
     if method == "associative":
-        constant, product = _product(node, edge, mask)
-        return constant + logsumexp(node[0] + logsumexp(product, -1), -1)
+        return tree.total(node[0], tree.products(node, edge, mask))
     return log_sum_of_trajectories(node, edge, mask, _number_of_blocks(method, node))
 
 
@@ -99,15 +98,12 @@ def marginals(
     node = _at_least_single(node)
     method = _choose(method, node)
     if method == "associative":
-        log_z = log_normalizer(node, edge, mask, method)
-        weights = jax.grad(lambda node: log_normalizer(node, edge, mask, method).sum())(node)
-        log_weights = _log_weights(weights, mask)
-        _, alpha = forward(node, edge, mask)
+        levels = tree.products(node, edge, mask)
+        log_z, alpha, beta = (of(node[0], levels) for of in (tree.total, tree.alphas, tree.betas))
     else:
         blocks = _number_of_blocks(method, node)
-        log_z, alpha = forward(node, edge, mask, blocks)
-        log_weights = alpha + backward(node, edge, mask, blocks)
-    return Marginals(log_z, scaled(log_weights)[1], alpha)
+        (log_z, alpha), beta = forward(node, edge, mask, blocks), backward(node, edge, mask, blocks)
+    return Marginals(log_z, scaled(alpha + beta)[1], scaled(alpha)[1])
 
 
 def log_normalizer_and_weights(
@@ -281,24 +277,3 @@ def _best_method(length, series, num_particles):
 def _number_of_blocks(method, node):
     """As many blocks as a block has steps, which makes the fewest steps in all."""
     return max(round(math.sqrt(len(node) - 1)), 1) if method == "blocked" else 1
-
-
-def _product(node, edge, mask):
-    """Product of the matrices that take alpha from the first point to the last: a constant, and the matrix less it."""
-    function, inputs = lazy(edge)
-    matrices = jax.vmap(function)(inputs).astype(node.dtype) + node[1:, ..., None, :]
-    identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), jnp.zeros((), node.dtype), -jnp.inf)
-    if mask is not None:
-        matrices = jnp.where(mask[1:, ..., None, None], matrices, identity)
-    matrices = jnp.broadcast_to(matrices, (*node[1:].shape, node.shape[-1]))
-    if not len(matrices):
-        return jnp.zeros_like(node[0, ..., 0]), jnp.broadcast_to(identity, (*node[0].shape, node.shape[-1]))
-    constants, matrices = less_largest(matrices, (-2, -1))
-    while len(matrices) > 1:
-        last = constants[-1:], matrices[-1:]
-        is_odd = len(matrices) % 2
-        gain, matrices = less_largest(logmatmulexp(matrices[:-1:2], matrices[1::2]), (-2, -1))
-        constants = constants[:-1:2] + constants[1::2] + gain
-        if is_odd:
-            constants, matrices = (jnp.concatenate(pair) for pair in zip((constants, matrices), last, strict=True))
-    return constants[0], matrices[0]

@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook(
-    ["numpyro_pvmc.blocks", "numpyro_pvmc.recursion", "numpyro_pvmc.semiring", "numpyro_pvmc.smoothing"], "beartype.beartype"
+    [f"numpyro_pvmc.{room}" for room in ("blocks", "recursion", "semiring", "smoothing", "tree")], "beartype.beartype"
 )
 
 

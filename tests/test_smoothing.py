@@ -82,6 +82,19 @@ def test_all_speeds_are_one_number(x64, T):
         jax.tree.map(partial(assert_allclose, rtol=1e-12, atol=1e-14), sequential, other)
 
 
+@every_method
+def test_weights_that_no_number_can_hold(method, tolerance):
+    """Logarithms of them are as right as those of any other: a proposal is refitted to particles that weigh next to nothing."""
+    rng = np.random.default_rng(1)
+    node, edge = 3e3 * rng.normal(size=(6, 3)), 3e3 * rng.normal(size=(5, 3, 3))
+    paths, logs = paths_and_logs(node, edge)
+    ways = np.array([[np.logaddexp.reduce(logs[paths[:, t] == k]) for k in range(3)] for t in range(6)])
+    found = smoothing.marginals(jnp.asarray(node), jnp.asarray(edge), method=method).log_weights
+    expected = ways - np.logaddexp.reduce(ways, -1)[:, None]
+    assert expected.min() < -1000
+    assert_allclose(found, expected, rtol=tolerance, atol=100 * tolerance)
+
+
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match=r"`method` must be one of .* got 'fast'"):
         smoothing.log_normalizer(*finite_chain(), method="fast")
