@@ -77,7 +77,7 @@ def _edges(chain, number, inputs, put_together):
     """Blocks of pairs.
 
     Factors whose law reads what was before, and whose value is what comes after, are put together from J laws and K values,
-    which are evaluated for all steps at once; all other factors are evaluated at every pair, one step after the other.
+    which are evaluated for all steps beforehand; all other factors are evaluated at every pair, one step after the other.
     """
     structure = chain.structure
     apart = _read_apart(chain, *jax.tree.map(lambda x: x[0], inputs)) if put_together else {}

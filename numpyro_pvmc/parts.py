@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-_BYTES_AT_ONCE = 2**25
+_BYTES_AT_ONCE = 2**25  # half of it and four times as much are as fast on two cores, a quarter is slower
 
 
 def at_all_steps(function: Callable[[Any], Any], inputs: Any) -> Any:

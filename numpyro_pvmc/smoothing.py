@@ -7,7 +7,7 @@ of all K^T trajectories, by the recursion
     alpha[t + 1, k] = node[t + 1, k] + logsumexp_j(alpha[t, j] + edge[t, j, k])
 
 and everything else is its gradient: smoothing weights with respect to `node`, pairwise weights with respect to `edge`. (The
-former have a recursion in closed form too, for losses on them.)
+logarithms of the former have a recursion of their own, which also holds what is too small for a number.)
 An absent point (`mask` false: padding) holds alpha.
 
 Shapes: T points, S = T - 1 transitions, K particles; `edge[t, i, j]` goes from particle i at t to particle j at t + 1.
@@ -92,7 +92,7 @@ def marginals(
     :param node: potentials of the points.
     :param edge: potentials of the transitions.
     :param mask: which points are present.
-    :param method: as for :func:`log_normalizer`, for the smoothing weights.
+    :param method: as for :func:`log_normalizer`.
     :return: log normalizer, log smoothing weights, log filtering weights.
     """
     node = _at_least_single(node)
@@ -100,10 +100,11 @@ def marginals(
     if method == "associative":
         levels = tree.products(node, edge, mask)
         log_z, alpha, beta = (of(node[0], levels) for of in (tree.total, tree.alphas, tree.betas))
+        alpha = scaled(alpha)[1]
     else:
         blocks = _number_of_blocks(method, node)
         (log_z, alpha), beta = forward(node, edge, mask, blocks), backward(node, edge, mask, blocks)
-    return Marginals(log_z, scaled(alpha + beta)[1], scaled(alpha)[1])
+    return Marginals(log_z, scaled(alpha + beta)[1], alpha)
 
 
 def log_normalizer_and_weights(

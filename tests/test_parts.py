@@ -77,6 +77,7 @@ def test_a_bound_and_its_gradient_step_by_step(monkeypatch, x64, name):
     at_most(monkeypatch, 2**60)
     whole, gradient = jax.jit(jax.value_and_grad(bound))(params)
     at_most(monkeypatch, 1)
+    # Another function: what is compiled for one is kept.
     by_step, of_steps = jax.jit(jax.value_and_grad(lambda params: bound(params)))(params)
     assert_allclose(by_step, whole, rtol=1e-12)
     assert jax.tree.leaves(gradient)

@@ -15,16 +15,17 @@ Speed and memory
 .. Written by ``python tests/benchmarks/page.py > docs/speed.rst`` from the files in ``tests/benchmarks/results``.
 
 Measured on two CPU cores ({machine}), {date}, JAX {jax}, float32. Times are medians of finished calls, without
-compilation; where other work shares the cores they vary by half. The unit is E, the time of one exponential for every pair of
-particles of 500 steps, 16 series and 64 particles, which no exact sum over trajectories can do without; it is measured before
-each call of the same run, and was {least:.3f} to {most:.3f} s in the first table. No figure on this page was measured on a GPU.
+compilation; where other work shares the cores they vary by half. The unit is E, the time of one exponential for every
+pair of particles of 500 steps, 16 series and 64 particles, which no exact sum over trajectories can do without; it is
+measured before each call of the same run, and was {least:.3f} to {most:.3f} s in the first table. No figure on this page was
+measured on a GPU.
 
 The files in ``tests/benchmarks`` are run by ``pip install -e ".[bench]"`` and ``python -m pytest tests/benchmarks``.
 """
 
 
 def load(name):
-    """Benchmarks of a file by name, and when, where and by which JAX they were measured."""
+    """Benchmarks of a file by name, and on which day and processor they were measured."""
     found = json.loads((RESULTS / f"{name}.json").read_text())
     rows = {one["name"]: one["extra_info"] | {"seconds": one["stats"]["median"]} for one in found["benchmarks"]}
     return rows, {"date": found["datetime"][:10], "machine": found["machine_info"]["cpu"]["brand_raw"]}
@@ -177,6 +178,8 @@ if __name__ == "__main__":
     import jax
 
     rows, facts = load("kernel")
+    dates = sorted(load(path.stem)[1]["date"] for path in RESULTS.glob("*.json"))
     floors = [row["E"] for row in rows.values() if "E" in row]
-    print(HEAD.format(jax=jax.__version__, least=min(floors), most=max(floors), **facts))
+    facts |= {"date": f"{dates[0]} to {dates[-1]}", "jax": jax.__version__, "least": min(floors), "most": max(floors)}
+    print(HEAD.format(**facts))
     print("\n".join([kernel(), known_states(), peers(), methods(), curves(), memory(), runs()]), end="")
