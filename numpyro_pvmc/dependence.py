@@ -197,9 +197,10 @@ def _computed(function, *args):
     It is compiled outside of `ensure_compile_time_eval`, where every constant of the function would be compiled by itself.
     """
     leaves, treedef = jax.tree.flatten(args)
-    compiled = jax.jit(lambda leaves: function(*jax.tree.unflatten(treedef, leaves))).lower(leaves).compile()
-    with jax.ensure_compile_time_eval():
-        return jax.tree.map(np.asarray, compiled(leaves))
+    with jax.disable_jit(False):  # a program compiled beforehand refuses to run where nothing is to be compiled
+        compiled = jax.jit(lambda leaves: function(*jax.tree.unflatten(treedef, leaves))).lower(leaves).compile()
+        with jax.ensure_compile_time_eval():
+            return jax.tree.map(np.asarray, compiled(leaves))
 
 
 def _stand_ins(tree, seed, *, always):

@@ -67,3 +67,9 @@ def test_all_questions_inside_jit(x64):
 
     traced(jnp.arange(3.0), jnp.array([True, False, True]))
     assert found == [True, False, {"line": True, "steps": False}]
+
+
+def test_questions_where_nothing_is_compiled():
+    with jax.disable_jit():
+        assert follows_slope(lambda x: 2 * x + 1, jnp.ones(3))
+        assert not follows_slope(jnp.floor, jnp.ones(3))

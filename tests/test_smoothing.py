@@ -211,6 +211,20 @@ def test_a_loss_on_the_weights_has_finite_gradients_beside_particles_without_wei
     assert_allclose(slope(node), slope(node.at[1, 2].set(-60.0)), atol=1e-5)
 
 
+def test_padding_changes_no_bit(tolerance):
+    """Two series of one panel, each against itself without its padding; trees and blocks of another length round anew."""
+    node, edge, _ = random_chain(13, (2,), 8)
+    lengths = 7, 10
+    mask = np.arange(13)[:, None] < np.array(lengths)
+    panel = everything(node, edge, mask, "sequential")[1]
+    for n, length in enumerate(lengths):
+        own = slice(n, n + 1)
+        alone = everything(node[:length, own], edge[: length - 1, own], mask[:length, own], "sequential")[1]
+        assert_array_equal(panel.log_normalizer[own], alone.log_normalizer)
+        assert_array_equal(panel.log_weights[:length, own], alone.log_weights)
+        assert_array_equal(panel.log_filtering_weights[:length, own], alone.log_filtering_weights)
+
+
 @every_method
 def test_what_stands_in_absent_steps_does_not_matter(x64, method):
     """NaN included, for the value and for the gradients."""
