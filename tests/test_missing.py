@@ -115,8 +115,8 @@ def weights_of_masked(arguments, particles, key, *methods):
         pytest.param(False, 7, ("sequential",), assert_array_equal, marks=pytest.mark.slow, id="operation by operation"),
     ],
 )
-def test_padding_changes_no_bit(x64, compiled, most, methods, same):
-    """Two series, each against itself without its padding, at the same particles."""
+def test_padding_changes_nothing(x64, compiled, most, methods, same):
+    """Two series, each against itself without its padding, at the same particles: operation by operation bit for bit."""
     lengths, y, present, seen = ragged(2, most, least=1)
     assert sorted(lengths)[0] < sorted(lengths)[1] < most
     key = jax.random.key(0)
