@@ -1,5 +1,7 @@
 """The log semiring: exact where there is no mass, where terms are far apart, and in its derivatives."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,36 +50,116 @@ def test_gradients_of_logsumexp(x64):
     check_grads(jax.jit(lambda x: logsumexp(jnp.asarray(x), 0)), (logs(4, 3),), order=2)
 
 
-def test_logmatmulexp_is_the_log_of_the_product(tolerance):
-    a, b = logs(2, 3, 4), logs(2, 4, 5, seed=1)
-    product = np.log(np.exp(a) @ np.exp(b))
-    assert_allclose(logmatmulexp(jnp.asarray(a), jnp.asarray(b)), product, rtol=tolerance, atol=tolerance)
+def log_of_product(a, b):
+    """In float64, each sum less its own largest term."""
+    terms = np.asarray(a, float)[..., :, :, None] + np.asarray(b, float)[..., None, :, :]
+    largest = np.max(terms, -2, keepdims=True)
+    largest = np.where(np.isneginf(largest), 0.0, largest)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(terms - largest).sum(-2)) + largest[..., 0, :]
 
 
-def test_logmatmulexp_where_the_largest_of_row_and_column_do_not_meet():
-    """Subtracting the maxima of rows and columns would lose both terms: their product is exp(-200), zero in float32."""
-    a, b = jnp.array([[0.0, -200.0]]), jnp.array([[-200.0], [0.0]])
+def shares(a, b, cotangent):
+    """Gradients of a product's elements times `cotangent`, by the share of each term in its sum."""
+    product = log_of_product(a, b)
+    terms = np.asarray(a, float)[..., :, :, None] + np.asarray(b, float)[..., None, :, :]
+    of_terms = np.exp(terms - np.where(np.isneginf(product), 0.0, product)[..., :, None, :]) * cotangent[..., :, None, :]
+    return of_terms.sum(-1), of_terms.sum(-3)
+
+
+SMALL, LARGE = (3, 4, 5), (11, 20, 13)  # shapes of terms that are added up, and that are multiplied as matrices
+FAR = 1e4  # between logarithms: exponentials of most underflow, in float64, too
+
+
+def factors(shape, scale=1.0, batch=(2,)):
+    rows, terms, columns = shape
+    return scale * logs(*batch, rows, terms), scale * logs(*batch, terms, columns, seed=1)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+@pytest.mark.parametrize("scale", [1.0, FAR])
+def test_logmatmulexp_is_the_log_of_the_product(tolerance, shape, scale):
+    a, b = (jnp.asarray(x) for x in factors(shape, scale))
+    assert_allclose(logmatmulexp(a, b), log_of_product(a, b), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE])
+@pytest.mark.parametrize("scale", [1.0, 30.0, FAR])
+def test_gradients_of_logmatmulexp_are_shares(tolerance, shape, scale):
+    """In float32, at 30, some elements of the product of exponentials are small and some underflow."""
+    a, b = (jnp.asarray(x) for x in factors(shape, scale))
+    cotangent = logs(2, shape[0], shape[2], seed=2)
+    slopes = jax.jit(jax.grad(lambda a, b: jnp.sum(logmatmulexp(a, b) * cotangent), (0, 1)))(a, b)
+    for slope, expected in zip(slopes, shares(a, b, cotangent), strict=True):
+        assert_allclose(slope, expected, rtol=30 * scale * tolerance, atol=30 * scale * tolerance)
+
+
+@pytest.mark.parametrize("terms", [2, 20])
+def test_logmatmulexp_where_the_largest_of_row_and_column_do_not_meet(terms):
+    """Subtracting the maxima of rows and columns would lose all terms: their product is exp(-200), zero in float32."""
+    a = jnp.full((1, terms), -400.0).at[0, :2].set(jnp.array([0.0, -200.0]))
+    b = jnp.full((terms, 1), -400.0).at[:2, 0].set(jnp.array([-200.0, 0.0]))
     assert a.dtype == jnp.float32
     assert_allclose(logmatmulexp(a, b), [[-200 + np.log(2)]], rtol=1e-6)
-    assert_allclose(jax.grad(lambda a: logmatmulexp(a, b)[0, 0])(a), [[0.5, 0.5]], rtol=1e-4)
+    slope = jax.grad(lambda a: logmatmulexp(a, b)[0, 0])(a)
+    assert_allclose(slope[0, :2], [0.5, 0.5], rtol=1e-4)
+    assert_allclose(slope[0, 2:], 0.0)
 
 
-def test_logmatmulexp_with_particles_no_path_reaches():
-    a, b = jnp.array([[-INF, -INF], [0.0, -INF]]), jnp.array([[0.0, -INF], [0.0, -INF]])
+def test_logmatmulexp_where_some_terms_underflow():
+    """The one term that does not is smaller than the sum of those that do."""
+    a = jnp.full((1, 201), -89.0).at[0, 0].set(0.0)
+    b = jnp.zeros((201, 1)).at[0, 0].set(-84.0)
+    assert_allclose(logmatmulexp(a, b), [[np.log(np.exp(-84.0) + 200 * np.exp(-89.0))]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("apart", [60.0, 65.0, 70.0])
+def test_second_derivatives_of_logmatmulexp_before_exponentials_underflow(apart):
+    """exp(-65) is 6e-29: its inverse is a number in float32, the square of its inverse is not."""
+    a = jnp.full((1, 20), -jnp.inf).at[0, :2].set(jnp.array([0.0, -apart]))
+    b = jnp.full((20, 1), -jnp.inf).at[:2, 0].set(jnp.array([-apart, 0.0]))
+    move = lambda x: logmatmulexp(a.at[0, :2].add(x), b)[0, 0]
+    assert_allclose(jax.jit(jax.hessian(move))(jnp.zeros(2)), [[0.25, -0.25], [-0.25, 0.25]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("terms", [2, 20])
+def test_logmatmulexp_with_particles_no_path_reaches(terms):
+    a = jnp.full((2, terms), -INF).at[1, 0].set(0.0)
+    b = jnp.full((terms, 2), -INF).at[:2, 0].set(0.0)
     assert_allclose(logmatmulexp(a, b), [[-INF, -INF], [0.0, -INF]])
     for slope in jax.grad(lambda *ab: jnp.exp(logmatmulexp(*ab)).sum(), (0, 1))(a, b):
         assert_allclose(slope.sum(), 1.0)  # one path of mass one, through one element of each
         assert np.isfinite(slope).all()
 
 
-def test_logmatmulexp_is_associative_and_has_a_one(x64):
-    a, b, c = (jnp.asarray(logs(3, 3, seed=seed)) for seed in range(3))
-    one = jnp.where(jnp.eye(3, dtype=bool), 0.0, -INF)
+@pytest.mark.parametrize("number", [3, 12])
+def test_logmatmulexp_is_associative_and_has_a_one(x64, number):
+    a, b, c = (jnp.asarray(logs(number, number, seed=seed)) for seed in range(3))
+    one = jnp.where(jnp.eye(number, dtype=bool), 0.0, -INF)
     assert_allclose(logmatmulexp(logmatmulexp(a, b), c), logmatmulexp(a, logmatmulexp(b, c)), rtol=1e-12)
-    assert_allclose(logmatmulexp(a, one), a, rtol=1e-15)
-    assert_allclose(logmatmulexp(one, a), a, rtol=1e-15)
+    assert_allclose(logmatmulexp(a, one), a, rtol=1e-13)
+    assert_allclose(logmatmulexp(one, a), a, rtol=1e-13)
 
 
-def test_gradients_of_logmatmulexp(x64):
+@pytest.mark.parametrize(("shape", "scale"), [(SMALL, 1.0), (LARGE, 1.0), (LARGE, FAR)])
+def test_gradients_of_logmatmulexp(x64, shape, scale):
     product = jax.jit(lambda a, b: logmatmulexp(jnp.asarray(a), jnp.asarray(b)))
-    check_grads(product, (logs(2, 3), logs(3, 2, seed=1)), order=2)
+    check_grads(product, factors(shape, scale, batch=()), order=2, rtol=1e-4)
+
+
+def test_logmatmulexp_over_a_batch_of_which_one_is_far_apart():
+    """The batch is split by a transformation, too: what one of its products needs changes none of the others."""
+    a, b = (jnp.asarray(x).at[0].multiply(FAR) for x in factors(LARGE, batch=(3,)))
+    together = logmatmulexp(a, b)
+    assert_allclose(together, log_of_product(a, b), rtol=1e-4, atol=1e-4)
+    assert_allclose(jax.vmap(logmatmulexp)(a, b), together, rtol=1e-6, atol=1e-5)
+
+
+def test_logmatmulexp_holds_no_array_of_all_terms():
+    """Products of 256 x 256 matrices would have 17 million."""
+    a, b = (jnp.asarray(x) for x in factors(LARGE))
+    loss = lambda a, b: jnp.sum(logmatmulexp(a, b) ** 2)
+    slope = jax.grad(loss, (0, 1))
+    for function in (loss, slope, lambda a, b: jax.jvp(slope, (a, b), (a, b))):
+        shapes = re.findall(r"f32\[([\d,]+)\]", str(jax.make_jaxpr(function)(a, b)))
+        assert max(np.prod([int(side) for side in shape.split(",")]) for shape in shapes) < a.size * LARGE[2]
