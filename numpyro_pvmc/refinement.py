@@ -14,7 +14,7 @@ from numpyro_pvmc.chain import Chain, global_log_density, presence
 from numpyro_pvmc.coordinates import Coordinates, Proposal, particle_coordinates, sample_sites
 from numpyro_pvmc.densities import Particles, particles_of
 from numpyro_pvmc.drawing import draw, sites_to_draw
-from numpyro_pvmc.moments import refit
+from numpyro_pvmc.moments import refit, widening
 from numpyro_pvmc.potentials import Lattice, weigh
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.proposal import Form, proposal_log_densities
@@ -118,7 +118,7 @@ def refitted(
     mask: jax.Array | None,
     rate: float | jax.Array = 1.0,
 ) -> Proposal:
-    """A proposal moved towards the moments of weighted particles.
+    """A proposal moved towards the moments of weighted particles, and somewhat wider than these.
 
     :param coordinates: coordinates of the chain's sites.
     :param proposal: Gaussians in these coordinates.
@@ -129,8 +129,9 @@ def refitted(
     """
     initial, steps = particle_coordinates(coordinates, particles)
     if proposal.initial is not None:
-        initial = refit(proposal.initial, initial, log_weights[:1], rate)
-    return Proposal(initial, refit(proposal.steps, steps, log_weights[1:], rate, None if mask is None else mask[1:]))
+        initial = refit(proposal.initial, initial, log_weights[:1], rate, wider=widening(*initial.shape[-2:]))
+    present = None if mask is None else mask[1:]
+    return Proposal(initial, refit(proposal.steps, steps, log_weights[1:], rate, present, widening(*steps.shape[-2:])))
 
 
 def tempered(edges: Edges, power: float | jax.Array) -> Edges:
