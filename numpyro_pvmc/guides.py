@@ -37,9 +37,10 @@ class AutoSmoothedNormal(AutoGuide):
 
     In unconstrained space, each step of the chain has a Gaussian proposal, independent of the other steps. Its mean and
     covariance are no parameters but mutable state (:func:`numpyro.mutable`): each evaluation of
-    :class:`numpyro_pvmc.ImportanceSmoothedELBO` moves them towards the mean and covariance of the weighted particles,
-    without gradients, while the optimiser moves the parameters of the model only. A few rounds do what takes a guide with
-    parameters thousands of steps. It fits one data set; for many of different lengths see
+    :class:`numpyro_pvmc.ImportanceSmoothedELBO` moves them towards the mean of the weighted particles, and towards their
+    covariance made wider by what costs three particles (:func:`numpyro_pvmc.moments.widening`), without gradients, while the
+    optimiser moves the parameters of the model only. A few rounds do what takes a guide with parameters thousands of steps. It
+    fits one data set; for many of different lengths see
     :class:`numpyro_pvmc.AutoAmortisedNormal`.
 
     It samples the sites of the chain. Global sites need another guide, for instance in a
@@ -178,7 +179,9 @@ class AutoSmoothedNormal(AutoGuide):
     def sample_posterior(
         self, rng_key: jax.Array, params: dict[str, Any], *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
     ) -> dict[str, jax.Array]:
-        """Draw from the proposal, which is independent over time; the posterior is that of :meth:`PVMC.sample_posterior`.
+        """Draw from the proposal, which is independent over time, and wider than the posterior.
+
+        The posterior is that of :meth:`PVMC.sample_posterior`.
 
         :param rng_key: random key.
         :param params: parameters and mutable state.
@@ -204,6 +207,8 @@ class AutoSmoothedNormal(AutoGuide):
 
     def quantiles(self, params: dict[str, Any], quantiles: list[float] | jax.Array) -> dict[str, jax.Array]:
         """Quantiles of the proposal, element by element in unconstrained space.
+
+        It is wider than the posterior, whose quantiles are in :class:`numpyro_pvmc.SmoothedPosterior`.
 
         :param params: parameters and mutable state.
         :param quantiles: numbers between 0 and 1.

@@ -38,8 +38,8 @@ def refit(
 ) -> Moments:
     """Move Gaussians towards the moments of weighted particles.
 
-    The result has the moments of a mixture of the old Gaussian and the particles. The share of the particles is `rate` if
-    their effective number is enough for a covariance, three times D, and less if it is less.
+    The result has the moments of a mixture of the old Gaussian and the one of the particles, which may be `wider`. The share of
+    the particles is `rate` if their effective number is enough for a covariance, three times D, and less if it is less.
 
     :param old: Gaussians to start from.
     :param coordinates: particles.

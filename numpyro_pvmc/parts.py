@@ -1,4 +1,4 @@
-"""A function of one step and the inputs of all steps in, its results at all steps out."""
+"""A function of a step, or of some, and the inputs of all steps in, its results at all steps out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,15 +30,27 @@ def at_all_steps(function: Callable[[Any], Any], inputs: Any) -> Any:
 
     if steps >= length or jax.default_backend() != "cpu":
         return jax.vmap(of_step)(inputs)
-    number = -(-length // steps)
-    steps = -(-length // number)
+    return in_parts(jax.checkpoint(jax.vmap(of_step)), inputs, steps)
+
+
+def in_parts(function: Callable[[Any], Any], inputs: Any, size: int) -> Any:
+    """A function of many steps, of a few at a time.
+
+    :param function: of the inputs of any number of steps, with these as leading axis.
+    :param inputs: a pytree with leading axis T.
+    :param size: how many steps at a time, at most.
+    :return: a pytree with leading axis T.
+    """
+    length = len(jax.tree.leaves(inputs)[0])
+    number = -(-length // size)
+    size = -(-length // number)
 
     def cut(x):
         # What the last part lacks is the last step again: nothing new can happen there.
-        return jnp.concatenate([x, jnp.repeat(x[-1:], number * steps - length, 0)]).reshape(number, steps, *x.shape[1:])
+        return jnp.concatenate([x, jnp.repeat(x[-1:], number * size - length, 0)]).reshape(number, size, *x.shape[1:])
 
-    results = lax.map(jax.checkpoint(jax.vmap(of_step)), jax.tree.map(cut, inputs))
-    return jax.tree.map(lambda x: x.reshape(number * steps, *x.shape[2:])[:length], results)
+    results = lax.map(function, jax.tree.map(cut, inputs))
+    return jax.tree.map(lambda x: x.reshape(number * size, *x.shape[2:])[:length], results)
 
 
 def _bytes_on_the_way(program: Jaxpr | ClosedJaxpr) -> int:

@@ -5,11 +5,14 @@ mass is ``-inf`` and passes back a gradient of zero.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from numpyro_pvmc.parts import in_parts
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -46,7 +49,8 @@ def logmatmulexp(a: Float[Array, "*batch I J"], b: Float[Array, "*batch J K"]) -
 
     The rows of `a` and the columns of `b` less their maxima have exponentials that can be multiplied as matrices. Where the
     maxima of a row and a column do not meet, all terms of an element may underflow, in float32 soon. If that happens anywhere,
-    the terms are added one by one, each less the largest of its own sum; so the product is right always, and quick mostly.
+    the largest term of each sum is taken off instead, which is slower. On a CPU a few matrices are multiplied at a time, as
+    many as stay in its caches, and those few alone are slower.
 
     :param a: left factor.
     :param b: right factor.
@@ -61,11 +65,24 @@ def logmatmulexp(a: Float[Array, "*batch I J"], b: Float[Array, "*batch J K"]) -
     """
     if a.shape[-1] <= _FEW:
         return logsumexp(a[..., :, :, None] + b[..., None, :, :], -2)
-    return _product(a, b, _fits(*lax.stop_gradient((a, b))))
+    batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    together = max(_NUMBERS_AT_ONCE // max(math.prod(a.shape[-2:]), math.prod(b.shape[-2:])), 1)
+    if math.prod(batch) <= together or jax.default_backend() != "cpu":
+        return _product((a, b))
+    factors = tuple(jnp.broadcast_to(x, batch + x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
+    product = in_parts(jax.checkpoint(_product), factors, together)
+    return product.reshape(batch + product.shape[1:])
 
 
 _FEW = 8  # terms that are quicker added up than multiplied as a matrix
-_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+_NUMBERS_AT_ONCE = 2**14  # of each factor
+
+
+def _product(factors):
+    a, b = factors
+    (left, rows), (right, columns) = _scaled(a, -1), _scaled(b, -2)
+    sums = _matmul(left, right)
+    return lax.cond(_fits(a, b, sums), lambda: _log(sums) + rows + columns, lambda: _row_by_row(a, b))
 
 
 def _scaled(x, axis):
@@ -74,55 +91,48 @@ def _scaled(x, axis):
     return jnp.exp(x - largest), largest
 
 
-def _fits(a, b):
-    """Whether what underflows in a product of exponentials is nowhere more than rounding."""
-    sums = _matmul(_scaled(a, -1)[0], _scaled(b, -2)[0])
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _fits(a, b, sums):
+    """Whether what underflowed in a product of exponentials is nowhere more than rounding."""
     kind = jnp.finfo(sums.dtype)
-    is_low = sums < 2 * a.shape[-1] * kind.tiny / kind.eps
+    is_low = lax.stop_gradient(sums) < 2 * a.shape[-1] * kind.tiny / kind.eps
 
     def without_mass():
         """Are these the elements that no term reaches?"""
-        return ~jnp.any(is_low & (_matmul(*(jnp.asarray(x > -jnp.inf, x.dtype) for x in (a, b))) > 0))
+        number = _matmul(*((x > -jnp.inf).astype(sums.dtype) for x in (a, b)))
+        return ~_anywhere(is_low & (number > 0))
 
-    return lax.cond(jnp.any(is_low), without_mass, lambda: jnp.asarray(True))
+    return lax.cond(_anywhere(is_low), without_mass, lambda: jnp.asarray(True))
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(is_so):
+    return jnp.any(is_so)
+
+
+@_anywhere.def_vmap
+def _anywhere_in_a_batch(axis_size, in_batched, is_so):
+    """One answer for all of it, so that `lax.cond` remains a choice: with one for each, both branches would be computed."""
+    return _anywhere(is_so), False
 
 
 @jax.custom_jvp
-def _product(a, b, fits):
-    (left, rows), (right, columns) = _scaled(a, -1), _scaled(b, -2)
-    return lax.cond(fits, lambda: jnp.log(_matmul(left, right)) + rows + columns, lambda: _one_by_one(a, b))
+def _log(x):
+    return jnp.log(x)
 
 
-@_product.defjvp
-def _product_jvp(primals, tangents):
-    """The tangent is the mean of those of the terms. It reads the product itself, so that derivatives of it do, too."""
-    (a, b, fits), (a_dot, b_dot, _) = primals, tangents
-    product = _product(a, b, fits)
-
-    def as_matrices():
-        (left, rows), (right, columns) = _scaled(a, -1), _scaled(b, -2)
-        scale = jnp.exp(jnp.where(jnp.isneginf(product), 0.0, rows + columns - product))
-        return scale * (_matmul(left * a_dot, right) + _matmul(left, right * b_dot))
-
-    def one_by_one():
-        add = lambda total, a, b, a_dot, b_dot: total + jnp.exp(a + b - finite(product)) * (a_dot + b_dot)
-        return _over_terms(add, jnp.zeros_like(product), a, b, a_dot, b_dot)
-
-    return product, lax.cond(fits, as_matrices, one_by_one)
+@_log.defjvp
+def _log_jvp(primals, tangents):
+    """In terms of the logarithm: the square of the inverse of a number that is not too small may be too large."""
+    log = _log(*primals)
+    return log, tangents[0] * jnp.exp(-finite(log))
 
 
-def _one_by_one(a, b):
-    none = jnp.zeros(jnp.broadcast_shapes(a[..., :1].shape, b[..., :1, :].shape), a.dtype)
-    largest = finite(_over_terms(lambda largest, a, b: jnp.maximum(largest, a + b), none - jnp.inf, a, b))
-    return jnp.log(_over_terms(lambda total, a, b: total + jnp.exp(a + b - largest), none, a, b)) + largest
-
-
-def _over_terms(function, start, *factors):
-    """A reduction over the terms of a matrix product, of which it never holds more than a few at once."""
-    left, right = lambda x: jnp.moveaxis(x, -1, 0)[..., :, None], lambda x: jnp.moveaxis(x, -2, 0)[..., None, :]
-    terms = [(left, right)[number % 2](x) for number, x in enumerate(factors)]
-    step = jax.checkpoint(lambda total, term: (function(total, *term), None))
-    return lax.scan(step, start, terms, unroll=8)[0]
+def _row_by_row(a, b):
+    row = jax.checkpoint(lambda row: logsumexp(row[..., :, None] + b, -2))
+    return jnp.moveaxis(lax.map(row, jnp.moveaxis(a, -2, 0)), 0, -2)
 
 
 def finite(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -47,7 +47,7 @@ def another_way(request):
     method = request.config.getoption("method")
     with pytest.MonkeyPatch.context() as patch:
         if method:
-            # Matrix products hold K^3 numbers: more particles than these have one vector times one matrix everywhere.
+            # Products of matrices take K times as long as those of a vector and a matrix: not for more particles than these.
             patch.setattr(smoothing, "_best_method", lambda length, series, number: method if number <= 256 else "sequential")
         if request.config.getoption("pair_by_pair"):
             patch.setattr(densities, "read_pair", lambda *site: None)

@@ -141,11 +141,8 @@ def exact_moments():
     return np.stack([one.means for one in found], 1), np.stack([one.covariances for one in found], 1), found
 
 
-def test_a_refitted_proposal_is_the_smoothing_marginal():
-    """Known parameters, no guide, no training: means, covariances and evidence of the Kalman smoother.
-
-    The proposal is wider than the marginal, by as much as costs three particles.
-    """
+def test_a_refitted_proposal_is_a_smoothing_marginal_made_wider():
+    """Known parameters, no guide, no training: means, covariances and evidence of the Kalman smoother."""
     means, covariances, found = exact_moments()
     posterior = PVMC(linear_gaussian, num_particles=1024).posterior(random.key(0), {}, SERIES, refine=6)
     assert_allclose(posterior.mean()["x"], means[1:], atol=0.01)
@@ -154,7 +151,7 @@ def test_a_refitted_proposal_is_the_smoothing_marginal():
     draws = np.asarray(posterior.particles["x"], float)
     spread_of = np.einsum("tkni,tknj->tnij", *[draws - draws.mean(1, keepdims=True)] * 2) / 1024
     wider = np.roots([1 - 3 / 1024, -2, 1]).max()  # what is left of the particles is (2 v - 1) / v^2 of them, in two dimensions
-    assert_allclose(spread_of, wider * covariances[1:], atol=0.02)  # the proposal itself
+    assert_allclose(spread_of, wider * covariances[1:], atol=0.02)
     assert posterior.effective_sample_size()["x"].min() > 1000
 
 

@@ -333,6 +333,29 @@ def test_edges_may_close_over_anything(x64, method):
     check_grads(log_normalizer, (jnp.asarray(0.7), x), order=2, modes=["rev"])
 
 
+@pytest.mark.parametrize("method", ["blocked", "associative"])
+@pytest.mark.parametrize("far", [1.0, pytest.param(1e3, marks=pytest.mark.slow)])
+def test_with_particles_enough_for_products_of_matrices(method, far, x64):
+    """Up to eight, terms are added up one by one; `far` apart, most exponentials of twelve underflow. Batched, and mapped."""
+    node, edge, mask = random_chain(6, (2,), 12, masked=True)
+    coefficients = np.random.default_rng(1).normal(size=node.shape)
+
+    def loss(node, edge, mask, coefficients, method):
+        found = smoothing.marginals(far * node, far * edge, mask, method)
+        return jnp.sum(found.log_normalizer) + jnp.sum(coefficients * jnp.exp(found.log_weights))
+
+    def mapped(*chains_and_method):
+        *chains, method = chains_and_method
+        return jax.vmap(lambda *chain: loss(*chain, method), in_axes=1)(*chains).sum()
+
+    slope = lambda loss, method: jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=4)(
+        node, edge, mask, coefficients, method
+    )
+    expected = slope(loss, "sequential")
+    for found in (slope(loss, method), slope(mapped, method)):
+        jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-9, atol=1e-9), found, expected)
+
+
 def test_vmap_is_a_batch(x64):
     node, edge, mask = random_chain(3, (2,), 3, masked=True)
     batched = everything(node, edge, mask, "sequential")
