@@ -14,6 +14,7 @@ from oracles import LinearGaussian, rts_smoother
 
 SMALL = Convolutions(channels=(4,), width=3)
 A, Q, R = 0.9, 0.25, 0.64
+LAW = LinearGaussian(np.zeros(1), np.eye(1), A * np.eye(1), np.zeros(1), Q * np.eye(1), np.eye(1), R * np.eye(1))
 
 
 def model(y, level=0.0):
@@ -40,12 +41,14 @@ def simulate(seed, length, series):
     return np.array(y)
 
 
+def with_the_start(y):
+    """Observations of one more time, the first: of x_0 nothing is observed."""
+    return np.concatenate([np.full_like(y[:1], np.nan), y])
+
+
 def exact_means(y):
-    """(T + 1, series); the first row is that of x_0, of which nothing is observed."""
-    one = np.eye(1)
-    law = LinearGaussian(np.zeros(1), one, A * one, np.zeros(1), Q * one, one, R * one)
-    rows = np.concatenate([np.full_like(y[:1], np.nan), y])
-    return np.stack([rts_smoother(law, series[:, None]).means[:, 0] for series in rows.T], 1)
+    """(T + 1, series); the first row is that of x_0."""
+    return np.stack([rts_smoother(LAW, series[:, None]).means[:, 0] for series in with_the_start(y).T], 1)
 
 
 def trained(program, *args, network=SMALL, steps=3, **choices):

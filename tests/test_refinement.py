@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from linear_gaussian import simulate
+import autoregressions
 from models_blind import BLIND, T, key_of
 from numpyro_pvmc import PVMC, AutoSmoothedNormal
 from numpyro_pvmc.moments import Moments, dense, diagonal, refit, spread, widening
@@ -64,21 +64,11 @@ def test_a_wider_proposal_costs_three_particles_or_a_fifth(num_particles, left, 
 
 @pytest.mark.parametrize(("particles", "at_most"), [("rqmc", 0.5), ("iid", 50.0)])
 def test_eight_particles_a_step_from_a_blind_start(particles, at_most):
-    """Proposals with just the moments of their particles are 7 nats low, and 260 with independent draws."""
-
-    def model(y):
-        def step(x_prev, y_t):
-            x = numpyro.sample("x", dist.Normal(0.95 * x_prev, 0.3))
-            numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
-            return x, None
-
-        scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
-
-    one = np.eye(1)
-    law = LinearGaussian(np.zeros(1), one, 0.95 * one, np.zeros(1), 0.09 * one, one, one)
-    _, y = simulate(law, 400, 1)
-    exact = kalman_filter(law, np.concatenate([[[np.nan]], y[1:, 0]])).log_evidence
-    smooth = jax.jit(lambda key: PVMC(model, num_particles=8, particles=particles).posterior(key, {}, y[1:, 0, 0], refine=10))
+    """Proposals with just the moments of their particles are 2 nats low, and 240 with independent draws."""
+    y = autoregressions.simulate(0, 400, 1)
+    exact = kalman_filter(autoregressions.LAW, autoregressions.with_the_start(y)).log_evidence
+    pvmc = PVMC(autoregressions.model, num_particles=8, particles=particles)
+    smooth = jax.jit(lambda key: pvmc.posterior(key, {}, jnp.asarray(y), refine=10))
     found = np.mean([smooth(key).log_normalizer for key in random.split(random.key(0), 4)])
     assert abs(found - exact) < at_most
 

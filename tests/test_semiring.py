@@ -133,19 +133,19 @@ def test_logmatmulexp_with_particles_no_path_reaches(terms):
         assert np.isfinite(slope).all()
 
 
-@pytest.mark.parametrize("number", [3, 12])
-def test_logmatmulexp_is_associative_and_has_a_one(x64, number):
+@pytest.mark.parametrize(("number", "rounding"), [(3, 1e-15), (12, 1e-13)])
+def test_logmatmulexp_is_associative_and_has_a_one(x64, number, rounding):
     a, b, c = (jnp.asarray(logs(number, number, seed=seed)) for seed in range(3))
     one = jnp.where(jnp.eye(number, dtype=bool), 0.0, -INF)
     assert_allclose(logmatmulexp(logmatmulexp(a, b), c), logmatmulexp(a, logmatmulexp(b, c)), rtol=1e-12)
-    assert_allclose(logmatmulexp(a, one), a, rtol=1e-13)
-    assert_allclose(logmatmulexp(one, a), a, rtol=1e-13)
+    assert_allclose(logmatmulexp(a, one), a, rtol=rounding)
+    assert_allclose(logmatmulexp(one, a), a, rtol=rounding)
 
 
 @pytest.mark.parametrize(("shape", "scale"), [(SMALL, 1.0), (LARGE, 1.0), (LARGE, FAR)])
 def test_gradients_of_logmatmulexp(x64, shape, scale):
     product = jax.jit(lambda a, b: logmatmulexp(jnp.asarray(a), jnp.asarray(b)))
-    check_grads(product, factors(shape, scale, batch=()), order=2, rtol=1e-4)
+    check_grads(product, factors(shape, scale, batch=()), order=2)
 
 
 @pytest.mark.parametrize("number", [3, 200])
