@@ -22,6 +22,7 @@ from numpyro_pvmc.chain import Chain, supports
 from numpyro_pvmc.densities import Particles
 from numpyro_pvmc.laws import WRAPPERS
 from numpyro_pvmc.moments import Moments, dense
+from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, log_densities, run
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.structure import Latent, Structure, per_series
@@ -146,6 +147,7 @@ def prior_coordinates(
     return jax.vmap(draw)(random.split(rng_key, number))
 
 
+@precise
 def sample_sites(blocks: tuple[Block, ...], moments: Moments, infer: dict[str, Any] | None = None) -> dict[str, jax.Array]:
     """Sample the sites of one point, Gaussian in their coordinates: one `numpyro.sample` each, given those before it.
 
@@ -315,6 +317,7 @@ def _median(structure, site):
     return transform(jnp.broadcast_to(normal.loc, shape))
 
 
+@precise
 def _moments_of_law(block, normal, leading):
     """Moments in coordinates of a Gaussian law, which may still have to be expanded to the site's ``(*leading, ...)``."""
     is_normal = isinstance(normal, dist.Normal)

@@ -17,6 +17,7 @@ from numpyro_pvmc.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.linear import by_site, check_linear_gaussian, covariances_by_site, matrices, native
 from numpyro_pvmc.posterior import SmoothedPosterior, derived, smoothed_posterior
 from numpyro_pvmc.potentials import propose
+from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.smoothing import marginals
 from numpyro_pvmc.structure import Structure
@@ -171,6 +172,7 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@precise
 def _condition(structure, model, arguments, params):
     """The posterior, and which latent sites are masked in part."""
     chain = read_chain(structure, model, arguments, params)
@@ -199,6 +201,7 @@ def _condition(structure, model, arguments, params):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+@precise
 def _sum(structure, model, arguments, params):
     """The posterior of a chain with discrete states only."""
     model = condition(model, {name: params[name] for name in structure.global_sites})
@@ -212,6 +215,7 @@ def _variances(means, covariances):
 
 
 @functools.partial(jax.jit, static_argnums=2)
+@precise
 def _sample(posterior, rng_key, sample_shape):
     (offset, _, _), structure = posterior.backward, posterior.structure
     key_noise, key_free = random.split(rng_key)

@@ -23,6 +23,7 @@ from numpyro_pvmc.minibatch import (
 )
 from numpyro_pvmc.moments import Moments, dense, diagonal, spread
 from numpyro_pvmc.potentials import Lattice
+from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.refinement import refitted, sample_proposal
 
@@ -190,6 +191,7 @@ class AutoSmoothedNormal(AutoGuide):
         """
         keys = random.split(rng_key)
 
+        @precise
         def one(key, moments):
             noise = random.normal(key, (*sample_shape, *moments.mean.shape), moments.mean.dtype)
             moved = (moments.factor @ noise[..., None])[..., 0] if moments.is_full else moments.factor * noise

@@ -22,6 +22,7 @@ from numpyro_pvmc.chain import Chain, presence
 from numpyro_pvmc.coordinates import Coordinates, Proposal, from_coordinates, log_jacobians
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.moments import Moments, dense
+from numpyro_pvmc.precise import precise
 
 _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e8
 
@@ -103,7 +104,7 @@ def laplace(chain: Chain, coordinates: Coordinates, start: Proposal, iterations:
         """
         colour = jnp.arange(number) % 3
         is_colour = (colour == jnp.arange(3)[:, None]).astype(z.dtype)
-        along = jnp.einsum("cp,de->cdpe", is_colour, jnp.eye(width, dtype=z.dtype))
+        along = is_colour[:, None, :, None] * jnp.eye(width, dtype=z.dtype)[:, None]  # [colour, column, point, row]
         product = lambda tangent: jax.jvp(gradient, (z,), (jnp.broadcast_to(tangent[:, None], z.shape),))[1]
         columns = -jax.vmap(jax.vmap(product))(along)  # [colour, column, point, series, row]
         block = lambda which: jnp.moveaxis(columns[which, :, jnp.arange(number)], 1, -1)
@@ -215,6 +216,7 @@ def _proposal(chain, coordinates, points, z, factor):
     return Proposal(initial, Moments(rest, cut(factor[1:], rest.shape[-1])))
 
 
+@precise
 def _solve(
     on: Float[Array, "P N D D"], below: Float[Array, "P N D D"], right: Float[Array, "P N D"]
 ) -> tuple[Float[Array, "P N D"], Float[Array, "P N D D"]]:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_pvmc.precise import precise
+
 
 class Moments(NamedTuple):
     """A Gaussian for each point and series.
@@ -28,6 +30,7 @@ class Moments(NamedTuple):
         return self.factor.ndim > self.mean.ndim
 
 
+@precise
 def refit(
     old: Moments,
     coordinates: Float[Array, "N *plates K D"],

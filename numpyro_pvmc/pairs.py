@@ -21,6 +21,7 @@ from jax import lax
 from numpyro.distributions.transforms import Transform
 
 from numpyro_pvmc.laws import WRAPPERS
+from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Site, mask_of
 from numpyro_pvmc.structure import Structure
 
@@ -115,6 +116,7 @@ def _(law: dist.MultivariateNormal):
 
 
 @pair_form.register
+@precise
 def _(law: dist.LowRankMultivariateNormal):
     return _multivariate_normal(law.loc, jnp.linalg.cholesky(law.covariance_matrix))
 
@@ -204,6 +206,7 @@ def _squares(loc, rate, value):
     return _sum_over_components(of_component, (loc, rate, value))
 
 
+@precise
 def _pull_back_squares(kept, cotangent):
     """The derivative by `loc` and `value` is linear in distances, and so may be expanded into matrix products.
 

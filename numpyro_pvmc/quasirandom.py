@@ -19,6 +19,7 @@ from jax.scipy.special import ndtri
 from scipy.stats import qmc
 
 from numpyro_pvmc.laws import WRAPPERS
+from numpyro_pvmc.precise import precise
 
 PARTICLES = ("rqmc", "iid")
 
@@ -72,6 +73,7 @@ def noise_shape(fn: dist.Distribution) -> tuple[int, ...] | None:
     return fn.batch_shape
 
 
+@precise
 def from_uniform(fn: dist.Distribution, uniform: jax.Array) -> jax.Array:
     """A draw of a law, as a function of uniform numbers.
 

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_pvmc.parts import in_parts
+from numpyro_pvmc.precise import precise
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -91,7 +92,7 @@ def _scaled(x, axis):
     return jnp.exp(x - largest), largest
 
 
-_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+_matmul = precise(jnp.matmul)
 
 
 def _fits(a, b, sums):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_pvmc.precise import precise
 from numpyro_pvmc.semiring import logsumexp
 from numpyro_pvmc.structure import Structure
 
@@ -85,6 +86,7 @@ def of_particles(structure: Structure, log_weights: jax.Array) -> jax.Array:
     return log_weights if number == 1 else logsumexp(log_weights.reshape(*log_weights.shape[:-1], -1, number), -1)
 
 
+@precise
 def probabilities(structure: Structure, log_weights: jax.Array) -> dict[str, jax.Array]:
     """Probabilities of the values of each summed site.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, refitted_state
 from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior, tidy
+from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.semiring import logsumexp
 from numpyro_pvmc.smoothing import marginals
@@ -29,6 +30,7 @@ class Error(Protocol):
     def __call__(self, weights: jax.Array, particles: jax.Array, truth: jax.Array) -> jax.Array: ...
 
 
+@precise
 def squared_error(weights: jax.Array, particles: jax.Array, truth: jax.Array) -> jax.Array:
     """Squared Euclidean distance of the weighted mean from the truth.
 
