@@ -22,6 +22,7 @@ OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 
 def pytest_addoption(parser):
     parser.addoption("--method", choices=("sequential", "blocked", "associative"), help='what `method="auto"` takes')
+    parser.addoption("--accelerator", action="store_true", help="the ways that are taken on an accelerator, on this machine")
     parser.addoption("--pair-by-pair", action="store_true", help="no densities put together from laws and values")
 
 
@@ -49,6 +50,8 @@ def another_way(request):
         if method:
             # Products of matrices take K times as long as those of a vector and a matrix: not for more particles than these.
             patch.setattr(smoothing, "_best_method", lambda length, series, number: method if number <= 256 else "sequential")
+        if request.config.getoption("accelerator"):
+            patch.setattr(jax, "default_backend", lambda: "gpu")
         if request.config.getoption("pair_by_pair"):
             patch.setattr(densities, "read_pair", lambda *site: None)
         yield

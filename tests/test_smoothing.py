@@ -100,7 +100,6 @@ def test_an_unknown_method_is_refused():
         smoothing.log_normalizer(*finite_chain(), method="fast")
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="chooses by what was measured on a CPU")
 @pytest.mark.parametrize(
     ("T", "batch", "K", "method"),
     [
@@ -113,8 +112,8 @@ def test_an_unknown_method_is_refused():
     ],
 )
 def test_auto_is_what_is_fastest(pytestconfig, T, batch, K, method):
-    if pytestconfig.getoption("method"):
-        pytest.skip("`auto` is another method here")
+    if pytestconfig.getoption("method") or jax.default_backend() != "cpu":
+        pytest.skip("`auto` chooses by other measurements here, or is another method")
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((T, *batch, K), (T - 1, *batch, K, K))]
     auto, named = (str(jax.make_jaxpr(partial(smoothing.marginals, method=m))(*shapes)) for m in ("auto", method))
     assert re.sub("0x[0-9a-f]+", "", auto) == re.sub("0x[0-9a-f]+", "", named)
