@@ -39,7 +39,7 @@ class AutoSmoothedNormal(AutoGuide):
     In unconstrained space, each step of the chain has a Gaussian proposal, independent of the other steps. Its mean and
     covariance are no parameters but mutable state (:func:`numpyro.mutable`): each evaluation of
     :class:`numpyro_pvmc.ImportanceSmoothedELBO` moves them towards the mean of the weighted particles, and towards their
-    covariance made wider by what costs three particles (:func:`numpyro_pvmc.moments.widening`), without gradients, while the
+    covariance made wider by what costs a few particles (:func:`numpyro_pvmc.moments.widening`), without gradients, while the
     optimiser moves the parameters of the model only. A few rounds do what takes a guide with parameters thousands of steps. It
     fits one data set; for many of different lengths see
     :class:`numpyro_pvmc.AutoAmortisedNormal`.
@@ -162,19 +162,20 @@ class AutoSmoothedNormal(AutoGuide):
         kind = dense if self.covariance == "full" else diagonal
         return self._state(Proposal(*(None if part is None else kind(part) for part in proposal)))
 
-    def refitted(self, lattice: Lattice, log_weights: jax.Array) -> dict[str, Any]:
+    def refitted(self, lattice: Lattice, log_weights: jax.Array, particles: str) -> dict[str, Any]:
         """The state after an evaluation of the objective.
 
         :param lattice: particles, potentials, state before.
         :param log_weights: logs of the smoothing weights.
+        :param particles: how the particles were drawn.
         :return: mutable state, by name.
         """
-        particles, log_weights = jax.lax.stop_gradient((lattice.particles, log_weights))
+        drawn, log_weights = jax.lax.stop_gradient((lattice.particles, log_weights))
         coordinates = coordinates_of_model(lattice.chain)
         structure, indices = lattice.chain.structure, lattice.chain.values
         proposal = self.proposal(lattice.mutable_state)
         part = take_series(proposal, structure, indices)
-        part = refitted(coordinates, part, particles, log_weights, lattice.mask, self.rate)
+        part = refitted(coordinates, part, drawn, log_weights, lattice.mask, self.rate, particles)
         return self._state(put_series(proposal, part, structure, indices))
 
     def sample_posterior(

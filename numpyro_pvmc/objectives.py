@@ -153,7 +153,7 @@ class ImportanceSmoothedELBO(ELBO):
         else:
             log_z, log_weights = log_normalizer(lattice.node, lattice.edges, lattice.mask, self.method).sum(), None
         bound = structure.scale * (log_z + lattice.slack.sum()) + lattice.log_weight_globals
-        return {"loss": -bound, "mutable_state": refitted_state(lattice, log_weights) or None}
+        return {"loss": -bound, "mutable_state": refitted_state(lattice, log_weights, self.particles) or None}
 
     def _lattice(self, rng_key, params, model, guide, arguments):
         """The structure of the chain, and particles on it."""
@@ -209,13 +209,15 @@ def progress(loss: ELBO, num_particles: int | None, losses: jax.Array) -> str:
     return f"{name}: {sign * known.mean() if len(known) else np.nan:.4f}, K = {number}"
 
 
-def refitted_state(lattice: Lattice, log_weights: jax.Array | None) -> dict[str, Any]:
+def refitted_state(lattice: Lattice, log_weights: jax.Array | None, particles: str) -> dict[str, Any]:
     """Mutable state after an evaluation, that of refitted guides among it.
 
     :param lattice: particles, potentials, mutable state before.
     :param log_weights: logs of the smoothing weights of its points, if a guide is to be refitted.
+    :param particles: how particles are drawn.
     """
     state = lattice.mutable_state
     for guide in lattice.refitted_by:
-        state = state | guide.refitted(lattice, of_particles(lattice.chain.structure, lax.stop_gradient(log_weights)))
+        of_points = of_particles(lattice.chain.structure, lax.stop_gradient(log_weights))
+        state = state | guide.refitted(lattice, of_points, particles)
     return state

@@ -44,11 +44,12 @@ class Refitted(Protocol):
         :param state: mutable state, by name.
         """
 
-    def refitted(self, lattice: Any, log_weights: jax.Array) -> dict[str, Any]:
+    def refitted(self, lattice: Any, log_weights: jax.Array, particles: str) -> dict[str, Any]:
         """Mutable state after an evaluation.
 
         :param lattice: particles, potentials, mutable state before.
         :param log_weights: logs of the smoothing weights, shape ``(T + 1, *plates, K)``.
+        :param particles: how the particles were drawn.
         """
 
 

@@ -55,7 +55,7 @@ def refine(
         power = jnp.asarray(temper, lattice.node.dtype) ** jnp.maximum(1 - number / rising, 0)
         edges = tempered(lattice.edges, power)
         log_weights = of_particles(chain.structure, marginals(lattice.node, edges, lattice.mask, method).log_weights)
-        return refitted(coordinates, proposal, lattice.particles, log_weights, lattice.mask), None
+        return refitted(coordinates, proposal, lattice.particles, log_weights, lattice.mask, particles=particles), None
 
     proposal, _ = lax.scan(one, proposal, (random.split(rng_key, rounds), jnp.arange(rounds)))
     return proposal
@@ -113,25 +113,28 @@ def sample_proposal(coordinates: Coordinates, proposal: Proposal, infer: dict[st
 def refitted(
     coordinates: Coordinates,
     proposal: Proposal,
-    particles: Particles,
+    drawn: Particles,
     log_weights: jax.Array,
     mask: jax.Array | None,
     rate: float | jax.Array = 1.0,
+    particles: str = "rqmc",
 ) -> Proposal:
     """A proposal moved towards the moments of weighted particles, and somewhat wider than these.
 
     :param coordinates: coordinates of the chain's sites.
     :param proposal: Gaussians in these coordinates.
-    :param particles: particles.
+    :param drawn: particles.
     :param log_weights: logs of their smoothing weights, shape ``(T + 1, *plates, K)``.
     :param mask: ``(T + 1, *plates)``, false where a step is absent.
     :param rate: the largest share of the particles; see :func:`numpyro_pvmc.moments.refit`.
+    :param particles: how the particles were drawn; see :func:`numpyro_pvmc.moments.widening`.
     """
-    initial, steps = particle_coordinates(coordinates, particles)
+    initial, steps = particle_coordinates(coordinates, drawn)
     if proposal.initial is not None:
-        initial = refit(proposal.initial, initial, log_weights[:1], rate, wider=widening(*initial.shape[-2:]))
-    present = None if mask is None else mask[1:]
-    return Proposal(initial, refit(proposal.steps, steps, log_weights[1:], rate, present, widening(*steps.shape[-2:])))
+        wider = widening(*initial.shape[-2:], particles)
+        initial = refit(proposal.initial, initial, log_weights[:1], rate, wider=wider)
+    present, wider = None if mask is None else mask[1:], widening(*steps.shape[-2:], particles)
+    return Proposal(initial, refit(proposal.steps, steps, log_weights[1:], rate, present, wider))
 
 
 def tempered(edges: Edges, power: float | jax.Array) -> Edges:

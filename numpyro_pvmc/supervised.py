@@ -223,7 +223,7 @@ class SupervisedELBO(ImportanceSmoothedELBO):
             points = structure.length + bool(structure.initial_latents)
             bound = structure.scale * posterior.log_normalizer.sum() + lattice.log_weight_globals
             loss = loss - self.bound * bound / points
-        return {"loss": loss, "mutable_state": refitted_state(lattice, weighed.log_weights) or None}
+        return {"loss": loss, "mutable_state": refitted_state(lattice, weighed.log_weights, self.particles) or None}
 
 
 def _check_continuous(structure):

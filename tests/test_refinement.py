@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import pytest
 import scipy.stats
 from jax import random
 from numpy.testing import assert_allclose
 from numpyro.contrib.control_flow import scan
+from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import autoregressions
 from models_blind import BLIND, T, key_of
-from numpyro_pvmc import PVMC, AutoSmoothedNormal
+from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 from numpyro_pvmc.moments import Moments, dense, diagonal, refit, spread, widening
 from oracles import LinearGaussian, kalman_filter, rts_smoother
 
@@ -51,15 +53,39 @@ def test_moments_of_the_mixture(x64, kind, rate, wider):
 
 
 @pytest.mark.parametrize(("num_particles", "left"), [(16, 13), (64, 61), (1024, 1021), (4, 3.2), (1, 1)])
-@pytest.mark.parametrize("dimensions", [1, 4])
-def test_a_wider_proposal_costs_three_particles_or_a_fifth(num_particles, left, dimensions):
-    """If the law is a Gaussian: by quadrature, dimension by dimension."""
-    scale = np.sqrt(widening(num_particles, dimensions))
+@pytest.mark.parametrize(("particles", "dimensions"), [("iid", 1), ("rqmc", 1), ("iid", 4), ("rqmc", 4)])
+def test_a_wider_proposal_costs_three_particles_or_a_fifth(num_particles, left, particles, dimensions):
+    """If the law is a Gaussian: by quadrature, dimension by dimension. Quasi-random draws on a line pay a tenth."""
+    if particles == "rqmc" and dimensions == 1 and num_particles > 1:
+        left = min(left, 0.9 * num_particles)
+    scale = np.sqrt(widening(num_particles, dimensions, particles))
     x = np.linspace(-12, 12, 10_001)
     target, proposal = scipy.stats.norm.pdf(x), scipy.stats.norm.pdf(x, scale=scale)
     share = 1 / np.trapezoid(target**2 / proposal, x)
     assert scale >= 1
     assert_allclose(num_particles * share**dimensions, left, rtol=1e-6)
+
+
+def variances_of_proposal(way, particles):
+    """After some rounds, for 12 steps of an autoregression."""
+    y, model = jnp.asarray(autoregressions.simulate(0, 12, 1)), autoregressions.model
+    if way == "refine":
+        pvmc = PVMC(model, num_particles=1024, particles=particles)
+        return np.var(pvmc.posterior(random.key(0), {}, y, refine=6).particles["x"][..., 0], 1)
+    loss = ImportanceSmoothedELBO(1024, particles=particles)
+    if way == "supervised":
+        loss = SupervisedELBO(lambda y: {"x": y}, 1024, particles=particles)
+    svi = SVI(model, AutoSmoothedNormal(model), optax.sgd(0.0), loss)
+    return svi.run(random.key(0), 12, y, progress_bar=False).state.mutable_state["auto_steps_factor"][:, 0, 0] ** 2
+
+
+@pytest.mark.parametrize("way", ["refine", "objective", "supervised"])
+@pytest.mark.parametrize(("particles", "left"), [("rqmc", 0.9), ("iid", 1 - 3 / 1024)])
+def test_quasi_random_draws_on_a_line_come_from_wider_proposals(way, particles, left):
+    y = autoregressions.simulate(0, 12, 1)
+    exact = rts_smoother(autoregressions.LAW, autoregressions.with_the_start(y)).covariances[1:, 0, 0]
+    wider = np.roots([left**2, -2, 1]).max()  # sqrt(2 v - 1) / v of the particles are left
+    assert_allclose(variances_of_proposal(way, particles).mean(), wider * exact.mean(), rtol=0.05)
 
 
 @pytest.mark.parametrize(("particles", "at_most"), [("rqmc", 0.5), ("iid", 50.0)])
