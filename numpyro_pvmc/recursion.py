@@ -90,12 +90,11 @@ def log_sum_of_trajectories(
     """The log normalizer, by one pass forwards; its gradient, by one pass backwards.
 
     The gradient with respect to the potential of a transition is the smoothing weight of the pair, and that is the weight of
-    the later particle times the share of the earlier one in what reached it:
+    the earlier particle times the share of the later one in all ways on from it:
 
-        W_t[j, k] = W_t[k] softmax_j(alpha_{t-1}[j] + edge_t[j, k]),    W_{t-1}[j] = sum_k W_t[j, k].
+        W_t[j, k] = W_{t-1}[j] softmax_k(edge_t[j, k] + node_t[k] + beta_t[k]),    W_t[k] ~ exp(alpha_t[k] + beta_t[k]).
 
-    No term exceeds 1, so nothing is rescaled; and there is one exponential a pair, where the derivative of the forward pass has
-    two.
+    No factor exceeds 1; and there is one exponential a pair, where the derivative of the forward pass has two.
 
     :param node: potentials of the points.
     :param edge: potentials of the transitions.
@@ -105,7 +104,48 @@ def log_sum_of_trajectories(
     """
     if len(node) == 1:
         return logsumexp(node[0], -1)
-    blocks = Blocks(len(node) - 1, number_of_blocks)
+    arguments, there, back = _both_ways(node, edge, mask, Blocks(len(node) - 1, number_of_blocks))
+    evaluate = jax.custom_vjp(lambda *arguments: there(*arguments)[0])
+    evaluate.defvjp(there, lambda kept, cotangent: back(kept, cotangent)[0])
+    return evaluate(*arguments)
+
+
+def log_sum_and_weights(
+    node: Float[Array, "T *batch K"],
+    edge: Float[Array, "S *batch K K"] | Edges,
+    mask: Bool[Array, "T *batch"] | None,
+    number_of_blocks: int = 1,
+) -> tuple[Float[Array, ""], Float[Array, "T *batch K"]]:
+    """The log normalizer, summed over chains, and log smoothing weights, by one pass forwards and one backwards.
+
+    The gradient is computed along with the value and kept. It cannot be differentiated again, and the weights are constants.
+
+    :param node: potentials of the points.
+    :param edge: potentials of the transitions.
+    :param mask: which points are present.
+    :param number_of_blocks: how many stretches of the chain are gone through at once.
+    :return: the sum of the log normalizers, log weights.
+    """
+    if len(node) == 1:
+        return logsumexp(node[0], -1).sum(), lax.stop_gradient(scaled(node)[1])
+    arguments, there, back = _both_ways(node, edge, mask, Blocks(len(node) - 1, number_of_blocks))
+
+    def evaluate_and_keep(*arguments):
+        log_z, kept = there(*arguments)
+        gradient, log_weights = back(kept, jnp.ones_like(log_z))
+        return (log_z.sum(), log_weights), gradient
+
+    evaluate = jax.custom_vjp(lambda *arguments: evaluate_and_keep(*arguments)[0])
+    evaluate.defvjp(evaluate_and_keep, lambda gradient, cotangents: jax.tree.map(lambda leaf: cotangents[0] * leaf, gradient))
+    log_z, log_weights = evaluate(*arguments)
+    return log_z, lax.stop_gradient(log_weights)
+
+
+def _both_ways(node, edge, mask, blocks):
+    """Arguments of a pass forwards, the pass, which returns the log normalizer and what is kept, and one backwards.
+
+    The latter takes what was kept and a cotangent, and returns those of the arguments and the log smoothing weights.
+    """
     function, inputs = lazy(edge)
     first = jax.tree.map(lambda leaf: leaf[0], inputs)
     function, constants = jax.closure_convert(function, first)
@@ -119,49 +159,54 @@ def log_sum_of_trajectories(
         inputs = jax.tree.unflatten(treedef, [next(real) if is_kind else next(fixed) for is_kind in is_real])
         return function(held, inputs, *constants)
 
-    @jax.custom_vjp
-    def evaluate(*arguments):
-        return keep(*arguments)[0]
-
-    def keep(node, real, constants, fixed, held, mask):
+    def there(node, real, constants, fixed, held, mask):
         edge = lambda one: of_transition(*one, constants, held)
         log_z, alpha, of_blocks = _forward(node, edge, (real, fixed), mask, blocks)
-        last = alpha[-1] if of_blocks is None else blocks.cut(alpha[1:])[-1] + ends(of_blocks)
-        return log_z, (real, constants, fixed, held, mask, alpha[:-1], last)
+        last = jnp.zeros_like(node[0]) if of_blocks is None else ends(of_blocks)
+        return log_z, (node, real, constants, fixed, held, mask, alpha, last)
 
-    def pull_back(kept, cotangent):
-        real, constants, fixed, held, mask, alpha, last = kept
+    def back(kept, cotangent):
+        node, real, constants, fixed, held, mask, alpha, last = kept
 
         @jax.checkpoint  # for derivatives of the derivative
         def step(carry, given):
-            weights, of_constants = carry
-            alpha, present, real, fixed = given
+            beta, of_constants = carry
+            node, alpha, present, real, fixed = given
 
             def block(real, constants):
                 edge = blocks.at_once(lambda one: of_transition(*one, constants, held))((real, fixed)).astype(alpha.dtype)
                 return edge if present is None else jnp.where(present[..., None, None], edge, 0.0)
 
             edge, pull = jax.vjp(block, real, constants)
-            shares = jnp.exp(less_largest(alpha[..., :, None] + edge, -2)[1])
-            total = shares.sum(-2)
-            pairs = shares * jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)[..., None, :]
-            if present is None:
-                own, before = weights, pairs.sum(-1)
-            else:
-                pairs = jnp.where(present[..., None, None], pairs, 0.0)
-                own, before = (jnp.where(present[..., None], *x) for x in ((weights, 0.0), (pairs.sum(-1), weights)))
+            node, edge = _without_absent(present, node, edge)
+            largest, on = less_largest(edge + (node + beta)[..., None, :])
+            shares = jnp.exp(on)
+            total = shares.sum(-1)
+            some = jnp.where(total > 0, total, 1.0)
+            _, before = less_largest(jnp.where(total > 0, largest + jnp.log(some), -jnp.inf))
+            before = before if present is None else jnp.where(present[..., None], before, beta)
+            log_weights = scaled(alpha + before)[1]
+            pairs = shares * (cotangent[..., None] * jnp.exp(log_weights) / some)[..., None]
+            pairs = pairs if present is None else jnp.where(present[..., None, None], pairs, 0.0)
             of_real, more = pull(pairs)
-            return (before, jax.tree.map(jnp.add, of_constants, more)), (own, of_real)
+            return (before, jax.tree.map(jnp.add, of_constants, more)), (log_weights, of_real)
 
-        start = cotangent[..., None] * jnp.exp(scaled(last)[1]), jax.tree.map(jnp.zeros_like, constants)
-        given = blocks.cut(alpha), blocks.cut_mask(mask, alpha.shape[1:-1]), blocks.cut(real), blocks.cut(fixed)
-        (first, of_constants), results = scan_reading_ahead(step, start, given, reverse=True)
-        rest, of_real = blocks.join(results)
-        of_node = jnp.concatenate([first[None] if blocks.number == 1 else first[:1], rest])
-        return of_node, of_real, of_constants, None, None, None
+        start = last, jax.tree.map(jnp.zeros_like, constants)
+        given = (
+            blocks.cut(node[1:]),
+            blocks.cut(alpha[:-1]),
+            blocks.cut_mask(mask, alpha.shape[1:-1]),
+            *map(blocks.cut, (real, fixed)),
+        )
+        (_, of_constants), results = scan_reading_ahead(step, start, given, reverse=True)
+        log_weights, of_real = blocks.join(results)
+        log_weights = jnp.concatenate([log_weights, scaled(alpha[-1:])[1]])
+        of_node = cotangent[..., None] * jnp.exp(log_weights)
+        if mask is not None:
+            of_node = jnp.where(mask.at[0].set(True)[..., None], of_node, 0.0)
+        return (of_node, of_real, of_constants, None, None, None), log_weights
 
-    evaluate.defvjp(keep, pull_back)
-    return evaluate(node, real, constants, fixed, held, mask)
+    return (node, real, constants, fixed, held, mask), there, back
 
 
 def _with_held(function, *example):

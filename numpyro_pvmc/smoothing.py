@@ -18,12 +18,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from numpyro_pvmc import tree
-from numpyro_pvmc.recursion import Edges, backward, forward, lazy, log_sum_of_trajectories, scaled, scan_reading_ahead
+from numpyro_pvmc.recursion import (
+    Edges,
+    backward,
+    forward,
+    lazy,
+    log_sum_and_weights,
+    log_sum_of_trajectories,
+    scaled,
+    scan_reading_ahead,
+)
 
 METHODS = ("auto", "sequential", "blocked", "associative")
 
@@ -125,39 +133,12 @@ def log_normalizer_and_weights(
     :return: sum of the log normalizers, log smoothing weights.
     """
     node = _at_least_single(node)
-    function, inputs = lazy(edge)
-    one = jax.tree.map(lambda leaf: leaf[0], inputs)
-    function, constants = jax.closure_convert(function, one)
-
-    # Nothing traced is closed over: a compiled function may be differentiated from outside.
-    arguments = node, inputs, constants, mask
-    shapes = jax.eval_shape(lambda: arguments)
-
-    def total(node, inputs, constants, mask):
-        edges = Edges(lambda inputs: function(inputs, *constants), inputs)
-        return log_normalizer(node, edges, mask, method).sum()
-
-    @jax.custom_vjp
-    def evaluate(arguments):
-        return forward(arguments)[0]
-
-    def forward(arguments):
-        value, gradient = jax.value_and_grad(total, (0, 1, 2, 3), allow_int=True)(*arguments)
-        kept = [leaf for leaf in jax.tree.leaves(gradient) if leaf.dtype != jax.dtypes.float0]
-        return (value, gradient[0]), kept
-
-    def backward(kept, cotangents):
-        leaves, treedef = jax.tree.flatten(shapes)
-        kept = iter(kept)
-        gradient = [
-            cotangents[0] * next(kept) if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros(leaf.shape, jax.dtypes.float0)
-            for leaf in leaves
-        ]
-        return (jax.tree.unflatten(treedef, gradient),)
-
-    evaluate.defvjp(forward, backward)
-    value, weights = evaluate(arguments)
-    return value, lax.stop_gradient(_log_weights(weights, mask))
+    method = _choose(method, node)
+    if method != "associative":
+        return log_sum_and_weights(node, edge, mask, _number_of_blocks(method, node))
+    levels = tree.products(node, edge, mask)
+    first, fixed = lax.stop_gradient((node[0], levels))
+    return tree.total(node[0], levels).sum(), scaled(tree.alphas(first, fixed) + tree.betas(first, fixed))[1]
 
 
 def pairwise_marginals(
@@ -238,29 +219,9 @@ def sample_backward(
     return jnp.moveaxis(jnp.concatenate([rest, last[None]]), 0, len(sample_shape))
 
 
-def hold(x: Array, mask: Bool[Array, "T *batch"] | None) -> Array:
-    """Repeat at absent points the value of the last present one.
-
-    :param x: values, leading axes ``(T, *batch)``.
-    :param mask: which points are present; those before the first present one keep the value of the first point.
-    :return: an array like `x`.
-    """
-    if mask is None:
-        return x
-    numbers = jnp.arange(len(mask)).reshape((-1,) + (1,) * (mask.ndim - 1))
-    latest = lax.cummax(jnp.where(mask, numbers, 0), axis=0)
-    return jnp.take_along_axis(x, latest.reshape(latest.shape + (1,) * (x.ndim - latest.ndim)), 0)
-
-
 def _at_least_single(node):
     """Potentials in half precision are summed in single: alpha carries the sum of all before."""
     return node.astype(jnp.promote_types(node.dtype, jnp.float32))
-
-
-def _log_weights(weights, mask):
-    # Not the log of zero: its slope, infinite, times the weight's, zero, would be nan in a loss on the weights.
-    log_weights = jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
-    return scaled(hold(log_weights, mask))[1]
 
 
 def _choose(method, node):
