@@ -14,11 +14,11 @@ Speed and memory
 
 .. Written by ``python tests/benchmarks/page.py > docs/speed.rst`` from the files in ``tests/benchmarks/results``.
 
-Measured on two CPU cores ({machine}), {date}, JAX {jax}, float32. Times are medians of finished calls, without
-compilation; where other work shares the cores they vary by half. The unit is E, the time of one exponential for every
-pair of particles of 500 steps, 16 series and 64 particles, which no exact sum over trajectories can do without; it is
-measured before each call of the same run, and was {least:.3f} to {most:.3f} s in the first table. No figure on this page was
-measured on a GPU.
+Measured on two CPU cores ({machines}), {date}, JAX {jax}, float32. Times are
+medians of finished calls, without compilation; where other work shares the cores they vary by half. The unit is E, the time
+of one exponential for every pair of particles of 500 steps, 16 series and 64 particles, which no exact sum over trajectories
+can do without; it is measured before each call of the same run, and was {least:.3f} to {most:.3f} s in the first table, on an
+{machine}. No figure on this page was measured on a GPU.
 
 The files in ``tests/benchmarks`` are run by ``pip install -e ".[bench]"`` and ``python -m pytest tests/benchmarks``.
 """
@@ -178,8 +178,15 @@ if __name__ == "__main__":
     import jax
 
     rows, facts = load("kernel")
-    dates = sorted(load(path.stem)[1]["date"] for path in RESULTS.glob("*.json"))
+    runs_of = [load(path.stem)[1] for path in RESULTS.glob("*.json")]
+    dates, machines = (sorted({run[of] for run in runs_of}) for of in ("date", "machine"))
     floors = [row["E"] for row in rows.values() if "E" in row]
-    facts |= {"date": f"{dates[0]} to {dates[-1]}", "jax": jax.__version__, "least": min(floors), "most": max(floors)}
+    facts |= {
+        "date": f"{dates[0]} to {dates[-1]}",
+        "machines": " or ".join(machines),
+        "jax": jax.__version__,
+        "least": min(floors),
+        "most": max(floors),
+    }
     print(HEAD.format(**facts))
     print("\n".join([kernel(), known_states(), peers(), methods(), curves(), memory(), runs()]), end="")
