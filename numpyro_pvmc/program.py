@@ -160,7 +160,7 @@ _PROBE = "_scan_probe"
 class _AtScan(Messenger):
     """Hands each scan to a function, which may return ``(last carry, outputs, sites)`` in place of running it.
 
-    On the way it looks at the indices of plates, which may be given and not fit.
+    On the way it looks at plates: at their sizes, and at their indices, which may be given and not fit.
     """
 
     def __init__(self, at_scan):
@@ -182,6 +182,11 @@ class _AtScan(Messenger):
                 # out: what has become of them is what those handlers do.
                 probes = {name: _probe(name, shape, scan.around) for name, shape in shapes.items()}
                 msg["value"] = ((0, None, carry), (PytreeTrace(probes), outputs))
+        elif msg["type"] == "plate":
+            total, size = msg["args"]
+            # Before NumPyro draws indices: on an accelerator its way of drawing them fails with words of its own.
+            if size is not None and size > total:
+                raise ValueError(f"The plate '{msg['name']}' has {total} elements, fewer than its `subsample_size={size}`.")
         elif msg["type"] == "sample" and _PROBE in msg["infer"]:
             msg["stop"] = True
             name, around = msg["infer"][_PROBE]
@@ -196,8 +201,6 @@ class _AtScan(Messenger):
         if msg["type"] == "plate":
             (total, size), given = msg["args"], msg["value"]
             size = total if size is None else size
-            if size > total:
-                raise ValueError(f"The plate '{msg['name']}' has {total} elements, fewer than its `subsample_size={size}`.")
             if jnp.shape(given) != (size,) or not jnp.issubdtype(jnp.result_type(given), jnp.integer):
                 raise ValueError(
                     f"The indices given for the plate '{msg['name']}' have the shape {jnp.shape(given)} and the type "

@@ -293,6 +293,12 @@ def test_programs(model, message):
         initialise(model)
 
 
+def test_a_plate_is_too_small_on_an_accelerator_too(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # NumPyro draws a plate's indices by other means there
+    with pytest.raises(ValueError, match="'series' has 2 elements, fewer than its `subsample_size=5`"):
+        initialise(too_small_a_plate)
+
+
 @pytest.mark.parametrize(("model", "message"), PROGRAMS[:1] + PROGRAMS[7:8] + PROGRAMS[13:14])
 def test_programs_under_stock_svi(model, message):
     loss = ImportanceSmoothedELBO(4)
