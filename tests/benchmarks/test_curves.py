@@ -17,7 +17,7 @@ from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.smoothing import Edges, log_normalizer
 
 LONG_RUNS = True
-SIZES = {"T": (50, 200, 1_000, 3_000, 10_000), "K": (8, 32, 128, 256, 512), "B": (1, 4, 16, 32, 64)}
+SIZES = {"T": (50, 200, 1_000, 3_000, 10_000), "K": (8, 32, 128, 256, 512), "B": (1, 4, 16, 64, 256)}
 OTHERS = {"T": 500, "K": 64, "B": 4}
 ROUNDS = 9
 
