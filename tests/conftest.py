@@ -15,6 +15,9 @@ jaxtyping.install_import_hook(
 
 
 DOUBLE, SINGLE = 1e-10, 1e-4
+in_both_precisions = pytest.mark.parametrize(
+    "tolerance", [DOUBLE, pytest.param(SINGLE, marks=pytest.mark.slow)], ids=["float64", "float32"]
+)
 PRECISION = pytest.StashKey[bool]()
 MAPS = Path("/proc/self/maps")
 OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"

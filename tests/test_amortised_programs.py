@@ -143,10 +143,10 @@ class Equinox(equinox.Module):
 @pytest.mark.parametrize(
     "name",
     [
-        "two_coupled_sites",
+        "deterministic_start",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("autoregression_1", "deterministic_start", "matrix", "positive", "padded")
+            for name in ("autoregression_1", "two_coupled_sites", "matrix", "positive", "padded")
         ),
     ],
 )

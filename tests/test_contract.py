@@ -273,7 +273,7 @@ QUESTIONS = {question.__name__.removeprefix("to_"): question for question in _FU
 QUICK = {
     "errors": set(list(ENTRIES)[::8]),
     "posterior": {
-        *("missing_by_obs_mask", "volatility_with_leverage", "ragged_panel", "two_regimes"),
+        *("missing_by_obs_mask", "volatility_with_leverage", "two_regimes"),
     },
     "trains": {"known_start"},
 }

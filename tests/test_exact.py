@@ -17,7 +17,7 @@ from numpyro.infer import Predictive
 
 import linear_gaussian
 import models_blind
-from conftest import DOUBLE, SINGLE
+from conftest import DOUBLE, SINGLE, in_both_precisions
 from models import BY_NAME
 from numpyro_pvmc.exact import exact_posterior
 from oracles import LinearGaussian, dense_smoother, forecast, gaussian_integral, kalman_filter, rts_smoother
@@ -45,9 +45,6 @@ CASES = [
     *(pytest.param(DOUBLE, name, marks=slow) for name in VARIANTS),
     *(pytest.param(SINGLE, name, marks=slow) for name in SINGLES),
 ]
-in_both_precisions = pytest.mark.parametrize(
-    "tolerance", [DOUBLE, pytest.param(SINGLE, marks=slow)], ids=["float64", "float32"]
-)
 
 
 def posterior_of(program, params):

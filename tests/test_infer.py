@@ -94,6 +94,7 @@ def _calls(model, action):
     return model.calls - before
 
 
+@pytest.mark.slow
 def test_second_run_from_the_start_compiles_nothing(caplog):
     model = CountedModel()
     pvmc = PVMC(model, AutoNormal(model), num_particles=4)

@@ -29,24 +29,30 @@ def at_most(monkeypatch, number):
     monkeypatch.setattr(parts, "_BYTES_AT_ONCE", number)
 
 
-@pytest.mark.parametrize("length", [1, 2, 7, 12])
-@pytest.mark.parametrize("steps", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        *((1, 1), (7, 1), (2, 3), (7, 3), (12, 3), (12, 100)),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, 1), (12, 1), (1, 3), (1, 100), (2, 100), (7, 100))),
+    ],
+)
 def test_parts_are_the_whole(monkeypatch, x64, length, steps):
     x = random.normal(random.key(1), (length, 5))
     evaluate = lambda weights, x: at_all_steps(lambda one: network(weights, one["x"]), {"x": x})
     loss = lambda weights, x: sum((value**2).sum() for value in evaluate(weights, x).values())
     weights = WEIGHTS.astype(float)
-    expected = jax.vmap(lambda one: network(weights, one))(x)
-    gradient = jax.grad(lambda *args: sum((value**2).sum() for value in network(*args).values()), (0, 1))(weights, x)
-    slope = jax.jvp(lambda x: network(weights, x)["total"], (x,), (jnp.ones_like(x),))[1]
+    expected = jax.jit(network)(weights, x)
+    gradient = jax.jit(jax.grad(lambda *args: sum((value**2).sum() for value in network(*args).values()), (0, 1)))(weights, x)
+    push = lambda function: jax.jit(lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1])(x)
+    slope = push(lambda x: network(weights, x)["total"])
     bytes_of_step = parts._bytes_on_the_way(jax.make_jaxpr(lambda one: network(weights, one))(x[0]))
     at_most(monkeypatch, steps * bytes_of_step)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, evaluate(weights, x), expected))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, jax.eval_shape(evaluate, weights, x), expected))
     for found, known in zip(jax.tree.leaves(jax.jit(evaluate)(weights, x)), jax.tree.leaves(expected), strict=True):
         assert_allclose(found, known, rtol=1e-12)
     for found, known in zip(jax.jit(jax.grad(loss, (0, 1)))(weights, x), gradient, strict=True):
         assert_allclose(found, known, rtol=1e-10, atol=1e-12)
-    assert_allclose(jax.jvp(lambda x: evaluate(weights, x)["total"], (x,), (jnp.ones_like(x),))[1], slope, rtol=1e-10)
+    assert_allclose(push(lambda x: evaluate(weights, x)["total"]), slope, rtol=1e-10)
 
 
 def kept(function, x):
@@ -67,7 +73,9 @@ def test_what_is_computed_on_the_way_is_not_kept(monkeypatch):
     assert kept(evaluate, x) < 0.1 * layers
 
 
-@pytest.mark.parametrize("name", ["padded", pytest.param("two_coupled_sites", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["autoregression_4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("padded", "two_coupled_sites"))]
+)
 def test_a_bound_and_its_gradient_step_by_step(monkeypatch, x64, name):
     program = BY_NAME[name]
     pvmc = PVMC(program.model, AutoNormal(program.model), num_particles=4)

@@ -181,7 +181,7 @@ def guide(y):
 PVMC_8 = PVMC(model, guide, num_particles=8)
 
 
-@pytest.mark.parametrize("sample_shape", [(), pytest.param((5,), marks=pytest.mark.slow), (2, 3)])
+@pytest.mark.parametrize("sample_shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in ((), (5,))), (2, 3)])
 def test_samples_have_the_sample_shape_and_deterministic_sites(sample_shape):
     samples = PVMC_8.posterior(jax.random.key(0), {"slope": A}, Y).sample(jax.random.key(1), sample_shape)
     at_once = PVMC_8.sample_posterior(jax.random.key(0), {"slope": A}, Y, sample_shape=sample_shape)

@@ -79,16 +79,23 @@ def variances_of_proposal(way, particles):
     return svi.run(random.key(0), 12, y, progress_bar=False).state.mutable_state["auto_steps_factor"][:, 0, 0] ** 2
 
 
-@pytest.mark.parametrize("way", ["refine", "objective", "supervised"])
-@pytest.mark.parametrize(("particles", "left"), [("rqmc", 0.9), ("iid", 1 - 3 / 1024)])
-def test_quasi_random_draws_on_a_line_come_from_wider_proposals(way, particles, left):
+@pytest.mark.parametrize(
+    ("way", "particles"),
+    [
+        ("refine", "rqmc"),
+        *(pytest.param(way, "rqmc", marks=pytest.mark.slow) for way in ("objective", "supervised")),
+        *(pytest.param(way, "iid", marks=pytest.mark.slow) for way in ("refine", "objective", "supervised")),
+    ],
+)
+def test_quasi_random_draws_on_a_line_come_from_wider_proposals(way, particles):
+    left = {"rqmc": 0.9, "iid": 1 - 3 / 1024}[particles]
     y = autoregressions.simulate(0, 12, 1)
     exact = rts_smoother(autoregressions.LAW, autoregressions.with_the_start(y)).covariances[1:, 0, 0]
     wider = np.roots([left**2, -2, 1]).max()  # sqrt(2 v - 1) / v of the particles are left
     assert_allclose(variances_of_proposal(way, particles).mean(), wider * exact.mean(), rtol=0.05)
 
 
-@pytest.mark.parametrize(("particles", "at_most"), [("rqmc", 0.5), ("iid", 50.0)])
+@pytest.mark.parametrize(("particles", "at_most"), [("rqmc", 0.5), pytest.param("iid", 50.0, marks=pytest.mark.slow)])
 def test_eight_particles_a_step_from_a_blind_start(particles, at_most):
     """Proposals with just the moments of their particles are 2 nats low, and 240 with independent draws."""
     y = autoregressions.simulate(0, 400, 1)

@@ -18,6 +18,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.ops.indexing import Vindex
 from scipy import stats
 
+from conftest import in_both_precisions
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
 from oracles import forward_backward, log_gaussian
 
@@ -49,6 +50,7 @@ def panel(y, present, seen):
     scan(step, s_0, (y, present, seen))
 
 
+@in_both_precisions
 def test_a_hidden_markov_model_is_exact(tolerance):
     present = np.arange(9)[:, None] < np.array([9, 6])
     seen = present & (np.arange(9)[:, None] % 4 != 2)
@@ -81,6 +83,7 @@ def enumerable(y):
     scan(step, 0, y)
 
 
+@pytest.mark.slow
 def test_equals_the_enumerated_scan_of_numpyro(x64):
     y, moves = jnp.asarray(Y[:, 0]), jnp.asarray([[0.8, 0.2], [0.4, 0.6]])
 

@@ -199,7 +199,7 @@ def value_and_slope(loss):
         ("squared", {}),
         pytest.param("squared", {"filtering": True, "bound": 0.0}, marks=SLOW),
         pytest.param("squared", {"method": "associative", "bound": 0.0}, marks=SLOW),
-        ("kernel", {"bound": 0.2}),
+        pytest.param("kernel", {"bound": 0.2}, marks=SLOW),
         pytest.param("users", {"bound": 0.0}, marks=SLOW),
     ],
 )
@@ -210,7 +210,7 @@ def test_gradient_against_finite_differences(x64, error, choices):
 
 
 FINITE = [  # error, number of particles, steps, filtering
-    ("squared", 4, 5, False),
+    pytest.param("squared", 4, 5, False, marks=SLOW),
     pytest.param("squared", 1, 5, False, marks=SLOW),
     ("kernel", 4, 5, True),
     pytest.param("kernel", 2, 1, False, marks=SLOW),

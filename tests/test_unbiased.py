@@ -63,8 +63,7 @@ def assert_mean(samples, expected, *, at_most_standard_error):
     ("num_particles", "method"),
     [
         (2, "auto"),
-        (8, "associative"),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((8, "sequential"), (32, "auto"))),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in ((8, "sequential"), (8, "associative"), (32, "auto"))),
     ],
 )
 def test_evidence_is_unbiased(num_particles, method):
@@ -73,7 +72,7 @@ def test_evidence_is_unbiased(num_particles, method):
     assert_mean(ratio, 1.0, at_most_standard_error=0.02)
 
 
-@pytest.mark.parametrize("num_particles", [2, 8, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_particles", [8, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 32))])
 def test_evidence_is_unbiased_with_quasi_random_particles(num_particles):
     number = 16_000 if num_particles == 2 else 4000
     ratio = np.exp(log_evidence(num_particles, number=number, particles="rqmc") - exact())
