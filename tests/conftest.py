@@ -15,6 +15,7 @@ jaxtyping.install_import_hook(
 
 
 DOUBLE, SINGLE = 1e-10, 1e-4
+# In place of the fixture `tolerance` where a test takes seconds: the slow run has single precision.
 in_both_precisions = pytest.mark.parametrize(
     "tolerance", [DOUBLE, pytest.param(SINGLE, marks=pytest.mark.slow)], ids=["float64", "float32"]
 )

@@ -272,9 +272,7 @@ QUESTIONS = {question.__name__.removeprefix("to_"): question for question in _FU
 # What the default run leaves out costs more than 60 s; `-m slow` runs that.
 QUICK = {
     "errors": set(list(ENTRIES)[::8]),
-    "posterior": {
-        *("missing_by_obs_mask", "volatility_with_leverage", "two_regimes"),
-    },
+    "posterior": {"missing_by_obs_mask", "volatility_with_leverage", "two_regimes"},
     "trains": {"known_start"},
 }
 

@@ -141,14 +141,15 @@ def runs():
 
 def peers():
     smoothers, training = (list(load(name)[0].values()) for name in ("peers", "training"))
-    floors = (f"{min(row['E'] for row in rows):.3f} to {max(row['E'] for row in rows):.3f} s" for rows in (smoothers, training))
+    first, second = (
+        f"{min(row['E'] for row in rows):.3f} to {max(row['E'] for row in rows):.3f} s" for rows in (smoothers, training)
+    )
     return section(
         "Beside other methods",
         "The same data and true parameters for all, 500 steps and 16 series. Errors are the root mean square one of the log",
         "evidence of a series (of the bound, in training), and the mean squared distance of the smoothed state from the exact",
         "one (for filters alone, of the filtered one). PVMC, the tree and SVI propose from one guide, the exact filter's",
-        "marginals, unless a blind start is named. E was",
-        "{} in the first table and {} in the second.".format(*floors),
+        f"marginals, unless a blind start is named. E was {first} in the first table and {second} in the second.",
         "",
         table(
             "State estimation",

@@ -79,7 +79,7 @@ def test_bootstrap_filter(row, data, num_particles, resampling):
     row(run, method=f"bootstrap filter (cuthbert, {resampling})", K=num_particles)
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(3600)  # one call with the most particles takes minutes
 @pytest.mark.parametrize(
     ("backward", "num_particles", "keys", "rounds"),
     [("exact", K, KEYS, ROUNDS), ("exact", 256, 4, 3), ("mcmc", 1024, 3, 1), ("mcmc", 4096, 1, 1)],
