@@ -67,7 +67,7 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
     :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site and the first time.
     """
-    seen = jax.tree.map(np.asarray, _look(structure, model, arguments, values))
+    seen = _numbers(_look, structure, model, arguments, values)
     drawn = None
     if _has_nan(arguments) or any(site.impossible.any() for site in seen.in_scan.values()):
         drawn = _draw(structure, model, arguments, values)
@@ -192,7 +192,13 @@ def _look(structure, model, arguments, values):
 
 
 def _draw(structure, model, arguments, values):
-    return jax.tree.map(np.asarray, _look_at_draws(structure, model, arguments, values))
+    return _numbers(_look_at_draws, structure, model, arguments, values)
+
+
+def _numbers(function, *args):
+    """What a compiled function returns, also inside of another that is being compiled: its own data are known there."""
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(np.asarray, function(*args))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -156,14 +156,13 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
     finite = structure.summing(structure.finite)
     if finite.sites:
         check_linear_gaussian(structure, model, arguments, params)
-    traced = is_traced((arguments, params))
-    if not traced:
+    if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)
     if not finite.sites:
         return _sum(finite, model, arguments, params)
     posterior, partly = _condition(structure, model, arguments, params)
     for name, is_partly_masked in partly.items():
-        if not traced and is_partly_masked:
+        if not is_traced(is_partly_masked) and is_partly_masked:
             raise ValueError(
                 f"Latent site '{name}' is masked while other elements of the same point of its series are not: an element "
                 "without a law has no posterior. Put all latent sites of the step under one mask, which leaves out whole steps."

@@ -459,6 +459,12 @@ def test_nan_in_the_data():
         initialise(random_walk, None, Y.at[2].set(jnp.nan))
 
 
+def test_nan_in_the_data_of_a_function_that_is_compiled():
+    y = Y.at[2].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"site 'y' contain NaN, first at time 2 of the scan"):
+        jax.jit(lambda key: PVMC(random_walk, num_particles=2).init(key, y))(jax.random.key(0))
+
+
 def test_nan_in_the_data_after_the_scan():
     def model(y):
         _, xs = scan(lambda x, _: (numpyro.sample("x", dist.Normal(x, 1.0)),) * 2, 0.0, None, length=T)

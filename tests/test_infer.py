@@ -204,6 +204,21 @@ def test_vmap_over_seeds():
     assert posterior.log_normalizer.shape == (5, 3)
 
 
+@pytest.mark.slow
+def test_a_run_inside_a_compiled_function_is_the_same_run():
+    """Mapped over seeds too; the data are the function's own, or its argument."""
+    y, keys = jnp.asarray(simulate(0, 4)), jax.random.split(jax.random.key(0), 2)
+    run = lambda key, y: PVMC(CountedModel(), num_particles=2).run(key, 40, y, progress_bar=False).losses
+    plain = jnp.stack([run(key, y) for key in keys])
+    for compiled in (
+        jax.jit(jax.vmap(lambda key: run(key, y)))(keys),
+        jax.vmap(lambda key: run(key, y))(keys),
+        jnp.stack([jax.jit(lambda key: run(key, y))(key) for key in keys]),
+        jnp.stack([jax.jit(run)(key, y) for key in keys]),
+    ):
+        assert_allclose(compiled, plain, rtol=1e-4)
+
+
 def test_growth_uses_all_steps_and_ends_with_all_particles():
     for number in (1, 2, 7, 100, 6000):
         for K in (1, 2, 3, 16, 32, 1000):
