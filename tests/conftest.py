@@ -24,6 +24,11 @@ MAPS = Path("/proc/self/maps")
 OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 
 
+def initial_params(svi, key, *args, **kwargs):
+    """What a run would start from, in one program: operation by operation there are dozens to compile."""
+    return jax.jit(lambda key: svi.get_params(svi.init(key, *args, **kwargs)))(key)
+
+
 def pytest_addoption(parser):
     parser.addoption("--method", choices=("sequential", "blocked", "associative"), help='what `method="auto"` takes')
     parser.addoption("--accelerator", action="store_true", help="the ways that are taken on an accelerator, on this machine")

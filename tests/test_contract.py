@@ -20,7 +20,7 @@ from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import log_density
 
 from brute_force import enumerate_posterior
-from conftest import DOUBLE, SINGLE
+from conftest import DOUBLE, SINGLE, initial_params
 from contract import ENTRIES, FIELDS
 from contract.table import page
 from numpyro_pvmc import PVMC
@@ -72,7 +72,7 @@ def hidden_values(model, args, params):
 
 def starting_parameters(entry, pvmc, *args):
     # A refitted guide has none, and those of the model start as the program says.
-    return {} if entry.guide is None else pvmc.get_params(pvmc.init(jax.random.key(0), *args))
+    return {} if entry.guide is None else initial_params(pvmc, jax.random.key(0), *args)
 
 
 # --- the questions

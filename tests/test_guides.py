@@ -13,6 +13,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_value
 from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 
+from conftest import initial_params
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 
 T = 40
@@ -152,13 +153,13 @@ def test_where_it_starts():
     place = init_to_value(values={"x": at, "x_0": jnp.asarray(0.3)})
     guide = AutoSmoothedNormal(counts, init_loc_fn=place, init_scale=0.25)
     pvmc = PVMC(counts, guide, num_particles=8)
-    params = pvmc.get_params(pvmc.init(random.key(0), Y))
+    params = initial_params(pvmc, random.key(0), Y)
     assert_allclose(guide.median(params)["x"], at)
     assert_allclose(guide.median(params)["x_0"], 0.3)
     assert_allclose(params["auto_steps_factor"], 0.25)
     blind = AutoSmoothedNormal(counts)
     pvmc = PVMC(counts, blind, num_particles=8)
-    params = pvmc.get_params(pvmc.init(random.key(0), Y))
+    params = initial_params(pvmc, random.key(0), Y)
     assert_allclose(params["auto_initial_factor"], 1.0, rtol=0.25)  # the prior's
     assert_allclose(params["auto_steps_factor"][5:].mean(), 0.5 / np.sqrt(1 - 0.25), rtol=0.1)
 
@@ -200,7 +201,7 @@ def test_known_parameters_decide_where_a_blind_start_is():
 
 def test_moments_belong_to_one_data_set():
     pvmc = PVMC(counts, AutoSmoothedNormal(counts), num_particles=8)
-    params = pvmc.get_params(pvmc.init(random.key(0), Y))
+    params = initial_params(pvmc, random.key(0), Y)
     with pytest.raises(ValueError, match=r"Gaussians for \(steps, \*series\) of \(40,\), but these data have \(10,\)"):
         pvmc.posterior(random.key(0), params, Y[:10], 10)
     known = {"a": params["a"]}

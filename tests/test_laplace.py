@@ -73,7 +73,9 @@ def test_one_step_smooths_a_linear_gaussian_chain():
         assert_allclose(covariances[:, n], exact[n].covariances, atol=1e-8)
 
 
-@pytest.mark.parametrize(("length", "has_start"), [(1, True), pytest.param(1, False, marks=pytest.mark.slow), (6, False)])
+@pytest.mark.parametrize(
+    ("length", "has_start"), [(1, True), *(pytest.param(one, False, marks=pytest.mark.slow) for one in (1, 6))]
+)
 def test_short_chains_and_constant_starts(length, has_start):
     """Two sites of a step, which read each other, of a series without a plate."""
     y = np.random.default_rng(0).normal(size=(length, 2))

@@ -88,7 +88,7 @@ def test_each_particle_continues_one_of_the_step_before():
     assert len(np.unique(x[0])) == 16
 
 
-@pytest.mark.parametrize(("num_particles", "number"), [(2, 60_000), (8, 20_000)])
+@pytest.mark.parametrize(("num_particles", "number"), [pytest.param(2, 60_000, marks=pytest.mark.slow), (8, 20_000)])
 def test_unbiased(num_particles, number):
     pvmc = PVMC(model, guide, num_particles=num_particles, particles="iid")
     one = lambda key: pvmc.posterior(key, PARAMS, jnp.asarray(SERIES[:, :1]), 1).log_normalizer[0]
@@ -103,7 +103,7 @@ def test_unbiased(num_particles, number):
 
 
 def test_one_particle_is_the_plain_bound(x64):
-    value = lambda loss: loss.loss(random.key(0), PARAMS, model, guide, jnp.asarray(SERIES))
+    value = jax.jit(lambda loss: loss.loss(random.key(0), PARAMS, model, guide, jnp.asarray(SERIES)), static_argnums=0)
     assert_allclose(value(ImportanceSmoothedELBO(1)), value(Trace_ELBO()), rtol=1e-10)
 
 

@@ -13,6 +13,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from scipy import stats
 
+from conftest import initial_params
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.chain import presence, read_chain, read_structure
 from numpyro_pvmc.densities import Particles
@@ -66,7 +67,7 @@ def test_a_ragged_panel_is_its_series_one_by_one(x64, number, most):
     lengths, y, present, seen = ragged(number, most)
     arguments = tuple(map(jnp.asarray, (y, present, seen)))
     pvmc = PVMC(masked, places, num_particles=16)
-    params = pvmc.get_params(pvmc.init(jax.random.key(0), *arguments))
+    params = initial_params(pvmc, jax.random.key(0), *arguments)
     panel = pvmc.posterior(jax.random.key(1), params, *arguments)
 
     def alone(n, length):
@@ -89,7 +90,7 @@ def test_nothing_of_a_ragged_panel_is_nan(number, most):
     _, y, present, seen = ragged(number, most)
     arguments = tuple(map(jnp.asarray, (y, present, seen)))
     pvmc = PVMC(masked, places, num_particles=16)
-    params = pvmc.get_params(pvmc.init(jax.random.key(0), *arguments))
+    params = initial_params(pvmc, jax.random.key(0), *arguments)
     loss = jax.jit(lambda params, y: pvmc.loss.loss(jax.random.key(1), params, masked, places, y, *arguments[1:]))
     value, (of_params, of_y) = jax.value_and_grad(loss, (0, 1))(params, arguments[0])
     assert np.isfinite(value)

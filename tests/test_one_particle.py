@@ -11,6 +11,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
+from conftest import initial_params
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, markov
 
 T = 5
@@ -124,7 +125,7 @@ def test_one_particle_is_trace_elbo(x64, model, shape):
     y = jnp.asarray(np.random.default_rng(0).normal(size=(T, *shape)))
     guide = AutoNormal(model)
     svi = SVI(model, guide, numpyro.optim.Adam(0.1), Trace_ELBO())
-    params = svi.get_params(svi.init(jax.random.key(0), y))
+    params = initial_params(svi, jax.random.key(0), y)
     plain, smoothed = (
         jax.jit(lambda params, loss=loss: loss.loss(jax.random.key(1), params, model, guide, y))(params)
         for loss in (Trace_ELBO(), ImportanceSmoothedELBO(1))
@@ -137,7 +138,7 @@ def test_one_particle_is_trace_elbo(x64, model, shape):
 def test_shapes_are_tidy_in_the_posterior_and_the_models_own_in_samples(model, plates):
     y = jnp.zeros((T, *plates))
     pvmc = PVMC(model, AutoNormal(model), num_particles=4)
-    params = pvmc.get_params(pvmc.init(jax.random.key(0), y))
+    params = initial_params(pvmc, jax.random.key(0), y)
     posterior = pvmc.posterior(jax.random.key(2), params, y)
     assert posterior.log_normalizer.shape == plates
     assert posterior.particles["x"].shape[: 2 + len(plates)] == (T, 4, *plates)

@@ -15,10 +15,11 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoGuide
 
 from brute_force import enumerate_posterior
+from conftest import initial_params
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from random_programs import random_program
 
-PROGRAMS, QUICK = 300, (8, 22)
+PROGRAMS, QUICK = 300, 8
 DRAWS = 3000  # that backward draws by smoothing weights are wrong takes a thousand to see
 NEAR = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -28,7 +29,7 @@ def smooth(program):
     pvmc = PVMC(program.model, program.guide, num_particles=program.num_particles, particles="iid")
     params = {name: jnp.asarray(value) for name, value in program.params.items()}
     if isinstance(program.guide, AutoGuide):
-        params = pvmc.get_params(pvmc.init(random.key(0), *program.args, **program.kwargs)) | params
+        params = initial_params(pvmc, random.key(0), *program.args, **program.kwargs) | params
     return pvmc.posterior(random.key(1), params, *program.args, **program.kwargs), params
 
 
@@ -122,7 +123,7 @@ def check_posterior(program, posterior, params):
         check_gradient(program, posterior, params)
 
 
-@pytest.mark.parametrize("number", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in range(PROGRAMS)])
+@pytest.mark.parametrize("number", [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in range(PROGRAMS)])
 def test_random_program(x64, number):
     program = random_program(number)
     try:

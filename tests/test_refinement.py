@@ -17,6 +17,7 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 import autoregressions
+from conftest import initial_params
 from models_blind import BLIND, T, key_of
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 from numpyro_pvmc.moments import Moments, dense, diagonal, refit, spread, widening
@@ -221,7 +222,7 @@ def transformed_guide(y, series=2):
 )
 def test_any_gaussian_guide_can_be_refined(guide):
     pvmc = PVMC(linear_gaussian, guide, num_particles=64)
-    params = pvmc.get_params(pvmc.init(random.key(0), SERIES))
+    params = initial_params(pvmc, random.key(0), SERIES)
     before = pvmc.posterior(random.key(1), params, SERIES)
     after = pvmc.posterior(random.key(1), params, SERIES, refine=5)
     assert before.effective_sample_size()["x"].min() < 30

@@ -10,6 +10,7 @@ import pytest
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
+from conftest import in_both_precisions
 from numpyro_pvmc import smoothing
 from oracles import enumerate_chain, forward_backward, paths_and_logs
 
@@ -58,6 +59,7 @@ def everything(node, edge, mask, method):
 
 
 @every_method
+@in_both_precisions
 @pytest.mark.parametrize(("T", "batch", "K", "masked"), LATTICES)
 def test_enumeration(T, batch, K, masked, method, tolerance):
     node, edge, mask = random_chain(T, batch, K, masked, seed=K)
@@ -181,7 +183,7 @@ def test_particles_have_no_order(x64):
 
 
 @every_method
-@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("step", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_an_impossible_chain(step, method):
     """No trajectory through one step: -inf, no weights, no gradients; the chain beside it in the batch is untouched."""
     node, edge = (jnp.stack([x, x], 1) for x in finite_chain())
@@ -213,6 +215,7 @@ def test_a_loss_on_the_weights_has_finite_gradients_beside_particles_without_wei
     assert_allclose(slope(node), slope(node.at[1, 2].set(-60.0)), atol=1e-5)
 
 
+@in_both_precisions
 def test_padding_changes_no_bit(tolerance):
     """Two series of one panel, each against itself without its padding; trees and blocks of another length round anew."""
     node, edge, _ = random_chain(13, (2,), 8)
@@ -336,7 +339,7 @@ def test_edges_may_close_over_anything(x64, method):
     check_grads(log_normalizer, (jnp.asarray(0.7), x), order=2, modes=["rev"])
 
 
-@pytest.mark.parametrize("method", ["blocked", "associative"])
+@pytest.mark.parametrize("method", [pytest.param("blocked", marks=pytest.mark.slow), "associative"])
 @pytest.mark.parametrize("far", [1.0, pytest.param(1e3, marks=pytest.mark.slow)])
 def test_with_particles_enough_for_products_of_matrices(method, far, x64):
     """Up to eight, terms are added up one by one; `far` apart, most exponentials of twelve underflow. Batched, and mapped."""

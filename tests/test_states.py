@@ -18,7 +18,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.ops.indexing import Vindex
 from scipy import stats
 
-from conftest import in_both_precisions
+from conftest import in_both_precisions, initial_params
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
 from oracles import forward_backward, log_gaussian
 
@@ -56,7 +56,7 @@ def test_a_hidden_markov_model_is_exact(tolerance):
     seen = present & (np.arange(9)[:, None] % 4 != 2)
     y = jnp.asarray(np.where(seen, Y, np.nan))
     pvmc = PVMC(panel)
-    params = pvmc.get_params(pvmc.init(jax.random.key(0), y, jnp.asarray(present), jnp.asarray(seen)))
+    params = initial_params(pvmc, jax.random.key(0), y, jnp.asarray(present), jnp.asarray(seen))
     posterior = pvmc.posterior(jax.random.key(0), params, y, jnp.asarray(present), jnp.asarray(seen))
     for n, length in enumerate((9, 6)):
         emission = stats.norm.logpdf(Y[:length, n, None], LEVELS, 0.7) * seen[:length, n, None]
@@ -221,7 +221,7 @@ def blind(y, *args):
     numpyro.sample("x", dist.Normal(numpyro.param("gain", jnp.asarray(0.5)) * y, 0.9))
 
 
-@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.parametrize("number", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_a_mixed_chain_is_unbiased(x64, number):
     y = Y[:4, 0]
     log_z, _ = exact_switching(y)

@@ -15,6 +15,7 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
 
+from conftest import in_both_precisions, initial_params
 from models import BY_NAME
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
 from numpyro_pvmc.supervised import kernel_log_density, squared_error
@@ -112,7 +113,7 @@ def test_value_against_numpy(x64, name, error, bound, filtering):
     states = some_states(program)
     loss = SupervisedELBO(lambda *args: states, 4, error=ours, bound=bound, filtering=filtering)
     pvmc = PVMC(program.model, program.guide, loss=loss)
-    params = pvmc.get_params(pvmc.init(jax.random.key(1), *program.args))
+    params = initial_params(pvmc, jax.random.key(1), *program.args)
     posterior = pvmc.posterior(jax.random.key(2), params, *program.args)
     value = jax.jit(lambda params: loss.loss(jax.random.key(2), params, program.model, program.guide, *program.args))(params)
     expected = exact_loss(program, posterior, states, exact, error != "users", bound, filtering)
@@ -127,7 +128,7 @@ def test_global_sites_enter_the_bound(x64):
     supervised = SupervisedELBO(lambda *args: unknown, 4)
     plain = ImportanceSmoothedELBO(4, gradient="reparam")
     pvmc = PVMC(program.model, program.guide, loss=plain)
-    params = pvmc.get_params(pvmc.init(jax.random.key(1), *program.args))
+    params = initial_params(pvmc, jax.random.key(1), *program.args)
     value = lambda loss: loss.loss(jax.random.key(2), params, program.model, program.guide, *program.args)
     points = program.length + bool(program.start)
     assert_allclose(value(supervised) * points, value(plain), rtol=1e-12)
@@ -218,6 +219,7 @@ FINITE = [  # error, number of particles, steps, filtering
 ]
 
 
+@in_both_precisions
 @pytest.mark.parametrize(("error", "num_particles", "length", "filtering"), FINITE)
 def test_finite_with_padding_missing_data_and_unknown_states(tolerance, error, num_particles, length, filtering):
     both = value_and_slope(SupervisedELBO(ragged_truth, num_particles, error=ERRORS[error][0], filtering=filtering))
