@@ -196,8 +196,9 @@ def _draw(structure, model, arguments, values):
 
 
 def _numbers(function, *args):
-    """What a compiled function returns, also inside of another that is being compiled: its own data are known there."""
-    with jax.ensure_compile_time_eval():
+    """What a compiled function returns, also inside of another that is being compiled and closes over its data."""
+    # Not `jax.ensure_compile_time_eval`: with that NumPyro validates numbers in laws that it would not see when compiled.
+    with jax.core.eval_context():
         return jax.tree.map(np.asarray, function(*args))
 
 
