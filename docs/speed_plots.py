@@ -22,4 +22,4 @@ def time():
         panel.set_xticks(sizes, sizes)
         panel.legend(title="slope at the end", loc="upper left", fontsize="small", title_fontsize="small")
     low, high = panels[0].get_ylim()
-    panels[0].set(ylabel="E", ylim=(low, 30 * high))
+    panels[0].set(ylabel="E", ylim=(low, 100 * high))

@@ -87,8 +87,8 @@ def curves():
     return section(
         "How cost grows",
         "One of T, K and B moves, the others stay at 500, 64 and 4, in units of E, against lines of slope 1, 2 and 1: the log",
-        "normalizer of given particles; the posterior, and value and gradient of the bound, with independent draws and laws,",
-        "whose cost is linear in K.",
+        "normalizer and the smoothing weights of given particles; and whole calls, the posterior and the bound with its",
+        "gradient, in which are independent draws and laws, whose cost is linear in K.",
         "",
         ".. plot:: speed_plots.py time",
         "   :show-source-link: False",

@@ -14,7 +14,7 @@ from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.potentials import propose
 from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.smoothing import Edges, log_normalizer
+from numpyro_pvmc.smoothing import Edges, log_normalizer, marginals
 
 LONG_RUNS = True
 SIZES = {"T": (50, 200, 1_000, 3_000, 10_000), "K": (8, 32, 128, 256, 512), "B": (1, 4, 16, 64, 256)}
@@ -22,13 +22,18 @@ OTHERS = {"T": 500, "K": 64, "B": 4}
 ROUNDS = 9
 
 
-def of_given_particles(y, params, K):
-    arguments = Arguments((y,), {})
-    structure = read_structure(model, arguments, params)
-    lattice = propose(jax.random.key(0), structure, model, guide, arguments, params, K, particles="iid")
-    function, inputs = lattice.edges
-    weigh = jax.jit(lambda node, inputs: log_normalizer(node, Edges(function, inputs)))
-    return lambda: weigh(lattice.node, inputs)
+def of_given_particles(compute):
+    """Sums over trajectories alone: their draws, and laws of single particles, are given."""
+
+    def work(y, params, K):
+        arguments = Arguments((y,), {})
+        structure = read_structure(model, arguments, params)
+        lattice = propose(jax.random.key(0), structure, model, guide, arguments, params, K, particles="iid")
+        function, inputs = lattice.edges
+        compiled = jax.jit(lambda node, inputs: compute(node, Edges(function, inputs)))
+        return lambda: compiled(lattice.node, inputs)
+
+    return work
 
 
 def of_posterior(y, params, K):
@@ -43,7 +48,12 @@ def of_training(y, params, K):
     return lambda: step(params, jax.random.key(0))
 
 
-WORK = {"log normalizer": of_given_particles, "posterior": of_posterior, "value and gradient": of_training}
+WORK = {
+    "log normalizer": of_given_particles(log_normalizer),
+    "weights": of_given_particles(lambda node, edges: marginals(node, edges).log_weights),
+    "posterior": of_posterior,
+    "bound and gradient": of_training,
+}
 
 
 @pytest.mark.parametrize("axis", SIZES)
