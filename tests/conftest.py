@@ -1,4 +1,4 @@
-"""Precision, and the shape checker: switched on before anything imports the library."""
+"""Precision, the shape checker, and what keeps compilation short: switched on before anything imports the library."""
 
 import os
 import subprocess
