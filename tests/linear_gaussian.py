@@ -4,10 +4,12 @@ State and observation have 5 dimensions, x_0 ~ N(0, I), x_t = A x_{t-1} + N(0, I
 A_ij = 0.38^(|i - j| + 1); 500 transitions; y_0 is observed (Brady, Nüsken & Li, ICML 2026).
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpyro.contrib.control_flow import scan
 
 from oracles import LinearGaussian
@@ -58,3 +60,9 @@ def guide(y):
     with numpyro.plate("series", y.shape[1]):
         numpyro.sample("x_0", dist.Normal(loc[0], scale[0]).to_event(1))
         numpyro.sample("x", dist.Normal(loc[1:], scale[1:]).to_event(1))
+
+
+def on_two_devices(x):
+    """Arrays with their series, the second axis, spread over two devices."""
+    mesh = jax.make_mesh((2,), ("series",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "series")))

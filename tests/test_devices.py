@@ -8,20 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from linear_gaussian import guide, law, model, simulate
+from linear_gaussian import guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
 from numpyro_pvmc.smoothing import log_normalizer, marginals
 
 STEPS, SERIES, PARTICLES = 40, 4, 16
-
-
-@pytest.fixture(scope="module")
-def spread():
-    """Puts series, the second axis of arrays, on two devices."""
-    mesh = jax.make_mesh((2,), ("series",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
-    return lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "series")))
 
 
 @pytest.fixture
@@ -44,7 +36,7 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("method", ["sequential", *(pytest.param(method, marks=slow) for method in ("blocked", "associative"))])
-def test_sums_over_trajectories(spread, method):
+def test_sums_over_trajectories(method):
     """One pass forwards and one backwards keep series apart; products of matrices are put together as the caches want them."""
     keys = jax.random.split(jax.random.key(0))
     node = jax.random.normal(keys[0], (STEPS + 1, SERIES, PARTICLES))
@@ -54,23 +46,23 @@ def test_sums_over_trajectories(spread, method):
         gradient = jax.grad(lambda *potentials: log_normalizer(*potentials, method=method).sum(), (0, 1))(node, edge)
         return marginals(node, edge, method=method), gradient
 
-    expected, actual = jax.jit(work)(node, edge), jax.jit(work)(spread(node), spread(edge))
+    expected, actual = jax.jit(work)(node, edge), jax.jit(work)(on_two_devices(node), on_two_devices(edge))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), expected, actual)
     assert len(actual[0].log_normalizer.sharding.device_set) == 2
     if method == "sequential":
-        assert not between_devices(work, spread(node), spread(edge))
+        assert not between_devices(work, on_two_devices(node), on_two_devices(edge))
 
 
-def test_value_and_gradient(spread, data):
+def test_value_and_gradient(data):
     """The gradient of what all series share is added up over devices, and nothing else."""
     params = {"decay": jnp.float32(0.38), "loc": data / 2, "log_scale": jnp.full(data.shape, -0.3)}
     loss = ImportanceSmoothedELBO(PARTICLES, method="sequential")
     work = jax.value_and_grad(lambda params, data: loss.loss(jax.random.key(0), params, model, guide, data))
-    of_series = params | {name: spread(params[name]) for name in ("loc", "log_scale")}
-    expected, actual = jax.jit(work)(params, data), jax.jit(work)(of_series, spread(data))
+    of_series = params | {name: on_two_devices(params[name]) for name in ("loc", "log_scale")}
+    expected, actual = jax.jit(work)(params, data), jax.jit(work)(of_series, on_two_devices(data))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), expected, actual)
     assert len(actual[1]["loc"].sharding.device_set) == 2
-    assert set(between_devices(work, of_series, spread(data))) == {
+    assert set(between_devices(work, of_series, on_two_devices(data))) == {
         ("all-reduce", 1),
         ("all-reduce", 25),
     }  # the loss, the matrix
@@ -79,7 +71,7 @@ def test_value_and_gradient(spread, data):
 @pytest.mark.parametrize(
     "smoothed", [pytest.param(False, marks=slow, id="guide with parameters"), pytest.param(True, id="refitted guide")]
 )
-def test_run_and_posterior(spread, data, smoothed):
+def test_run_and_posterior(data, smoothed):
     pvmc = PVMC(model, AutoSmoothedNormal(model) if smoothed else guide, optax.adam(1e-2), num_particles=PARTICLES)
 
     def work(data):
@@ -87,5 +79,5 @@ def test_run_and_posterior(spread, data, smoothed):
         posterior = pvmc.posterior(jax.random.key(1), result.params, data)
         return result.losses, result.params, posterior.mean()
 
-    expected, actual = work(data), work(spread(data))
+    expected, actual = work(data), work(on_two_devices(data))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), expected, actual)

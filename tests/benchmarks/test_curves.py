@@ -1,7 +1,10 @@
 """How cost grows with the number of steps, of particles and of series: one of the three moves, the others stay.
 
-All sizes of a curve are timed in each round, so that they see the same machine.
+All sizes of a curve are timed in each round, so that they see the same machine. JAX takes its processor for one device, and of
+few series one core has most of the work; with the processor as two devices and half of the series on each, both have.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from floor import exponentials, pairs, seconds
 
-from linear_gaussian import guide, law, model, simulate
+from linear_gaussian import guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.potentials import propose
@@ -22,7 +25,7 @@ OTHERS = {"T": 500, "K": 64, "B": 4}
 ROUNDS = 9
 
 
-def of_given_particles(compute):
+def of_given_particles(compute, place=lambda x: x):
     """Sums over trajectories alone: their draws, and laws of single particles, are given."""
 
     def work(y, params, K):
@@ -30,8 +33,9 @@ def of_given_particles(compute):
         structure = read_structure(model, arguments, params)
         lattice = propose(jax.random.key(0), structure, model, guide, arguments, params, K, particles="iid")
         function, inputs = lattice.edges
+        given = place((lattice.node, inputs))
         compiled = jax.jit(lambda node, inputs: compute(node, Edges(function, inputs)))
-        return lambda: compiled(lattice.node, inputs)
+        return lambda: compiled(*given)
 
     return work
 
@@ -54,22 +58,24 @@ WORK = {
     "posterior": of_posterior,
     "bound and gradient": of_training,
 }
+SPREAD = {"log normalizer, two devices": of_given_particles(log_normalizer, on_two_devices)}
 
 
-@pytest.mark.parametrize("axis", SIZES)
-@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize(("work", "axis"), [*itertools.product(WORK, SIZES), *itertools.product(SPREAD, "B")])
 def test_curve(benchmark, work, axis):
+    sizes = SIZES[axis][1:] if work in SPREAD else SIZES[axis]  # one series is on one device
     calls, times = [], []
-    for size in SIZES[axis]:
+    for size in sizes:
         T, K, B = (OTHERS | {axis: size}).values()
         y = jnp.asarray(simulate(law(), T, B)[1], jnp.float32)
-        calls.append(WORK[work](y, {"decay": jnp.float32(0.38), "loc": y / 2, "log_scale": jnp.full(y.shape, -0.3)}, K))
+        params = {"decay": jnp.float32(0.38), "loc": y / 2, "log_scale": jnp.full(y.shape, -0.3)}
+        calls.append((WORK | SPREAD)[work](y, params, K))
 
     def one_round():
         times.append([seconds(exponentials, pairs()), *(seconds(call) for call in calls)])
 
     benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=1)
     floor, *medians = np.median(times[1:], 0)
-    slope = np.polyfit(np.log(SIZES[axis][-3:]), np.log(medians[-3:]), 1)[0]
-    benchmark.extra_info |= {"work": work, "axis": axis, "sizes": SIZES[axis], "E": floor, "seconds": medians, "slope": slope}
+    slope = np.polyfit(np.log(sizes[-3:]), np.log(medians[-3:]), 1)[0]
+    benchmark.extra_info |= {"work": work, "axis": axis, "sizes": sizes, "E": floor, "seconds": medians, "slope": slope}
     print(f"\n{work}, {axis}: slope at the end {slope:.2f}, E {floor:.4f} s,", np.round(medians, 4))

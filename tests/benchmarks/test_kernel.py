@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from linear_gaussian import SERIES, TRANSITIONS, guide, law, model, simulate
+from linear_gaussian import SERIES, TRANSITIONS, guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.drawing import draw, sites_to_draw
@@ -55,13 +55,19 @@ def test_lattice(measure, lattice, weigh):
     measure(jax.jit(lambda node, inputs: weigh(node, Edges(function, inputs))), lattice.node, inputs)
 
 
-def value_and_gradient(y):
+def value_and_gradient():
     loss = ImportanceSmoothedELBO(K)
-    return jax.jit(jax.value_and_grad(lambda params, key: loss.loss(key, params, model, guide, y)))
+    return jax.jit(jax.value_and_grad(lambda params, key, y: loss.loss(key, params, model, guide, y)))
 
 
 def test_value_and_gradient(measure, y, params):
-    measure(value_and_gradient(y), params, jax.random.key(0))
+    measure(value_and_gradient(), params, jax.random.key(0), y)
+
+
+def test_value_and_gradient_on_two_devices(measure, y, params):
+    """The processor's cores as devices, half of the series on each."""
+    y, loc, log_scale = on_two_devices((y, params["loc"], params["log_scale"]))
+    measure(value_and_gradient(), params | {"loc": loc, "log_scale": log_scale}, jax.random.key(0), y)
 
 
 def test_update(measure, y):
@@ -71,5 +77,5 @@ def test_update(measure, y):
 
 def test_compile_value_and_gradient(benchmark, y, params):
     benchmark.pedantic(
-        lambda: value_and_gradient(y).lower(params, jax.random.key(0)).compile(), setup=jax.clear_caches, rounds=3
+        lambda: value_and_gradient().lower(params, jax.random.key(0), y).compile(), setup=jax.clear_caches, rounds=3
     )
