@@ -53,6 +53,7 @@ def kernel():
         "test_lattice[log_normalizer]": "log normalizer",
         "test_lattice[marginals]": "smoothing and filtering weights",
         "test_value_and_gradient": "value and gradient for model and guide, draws included",
+        "test_value_and_gradient_on_two_devices": "the same, with half of the series on each of two devices",
         "test_update": "``PVMC.update``, draws and Adam included",
         "test_draws": "draws alone, quasi-random",
     }
@@ -88,7 +89,9 @@ def curves():
         "How cost grows",
         "One of T, K and B moves, the others stay at 500, 64 and 4, in units of E, against lines of slope 1, 2 and 1: the log",
         "normalizer and the smoothing weights of given particles; and whole calls, the posterior and the bound with its",
-        "gradient, in which are independent draws and laws, whose cost is linear in K.",
+        "gradient, in which are independent draws and laws, whose cost is linear in K. To JAX the processor is one device, and",
+        "of few series one core does most of the work; as two devices with half of the series each, both cores do theirs",
+        "(:doc:`choosing`).",
         "",
         ".. plot:: speed_plots.py time",
         "   :show-source-link: False",
