@@ -32,10 +32,9 @@ def between_devices(function, *args):
     return [(way, size) for shapes, way in found for size in sizes(shapes)]
 
 
-slow = pytest.mark.slow
-
-
-@pytest.mark.parametrize("method", ["sequential", *(pytest.param(method, marks=slow) for method in ("blocked", "associative"))])
+@pytest.mark.parametrize(
+    "method", ["sequential", *(pytest.param(method, marks=pytest.mark.slow) for method in ("blocked", "associative"))]
+)
 def test_sums_over_trajectories(method):
     """One pass forwards and one backwards keep series apart; products of matrices are put together as the caches want them."""
     keys = jax.random.split(jax.random.key(0))
@@ -62,14 +61,13 @@ def test_value_and_gradient(data):
     expected, actual = jax.jit(work)(params, data), jax.jit(work)(of_series, on_two_devices(data))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), expected, actual)
     assert len(actual[1]["loc"].sharding.device_set) == 2
-    assert set(between_devices(work, of_series, on_two_devices(data))) == {
-        ("all-reduce", 1),
-        ("all-reduce", 25),
-    }  # the loss, the matrix
+    shared = {("all-reduce", 1), ("all-reduce", 25)}  # the loss, and the gradient of the matrix
+    assert set(between_devices(work, of_series, on_two_devices(data))) == shared
 
 
 @pytest.mark.parametrize(
-    "smoothed", [pytest.param(False, marks=slow, id="guide with parameters"), pytest.param(True, id="refitted guide")]
+    "smoothed",
+    [pytest.param(False, marks=pytest.mark.slow, id="guide with parameters"), pytest.param(True, id="refitted guide")],
 )
 def test_run_and_posterior(data, smoothed):
     pvmc = PVMC(model, AutoSmoothedNormal(model) if smoothed else guide, optax.adam(1e-2), num_particles=PARTICLES)
