@@ -1,4 +1,4 @@
-"""Precision, the shape checker, and what keeps compilation short: switched on before anything imports the library."""
+"""Precision, devices, the shape checker, and what keeps compilation short: switched on before anything imports the library."""
 
 import os
 import subprocess
@@ -12,6 +12,8 @@ import pytest
 jaxtyping.install_import_hook(
     [f"numpyro_pvmc.{room}" for room in ("blocks", "recursion", "semiring", "smoothing", "tree")], "beartype.beartype"
 )
+# The processor, for work that is spread over devices; all other work is on the first.
+jax.config.update("jax_num_cpu_devices", 2)
 
 
 DOUBLE, SINGLE = 1e-10, 1e-4
@@ -38,10 +40,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """The default run has XLA write its loops in the older way, which compiles in 0.6 of the time.
 
-    An XLA that does not know the flag ends the process that sets it, so another process tries it first. The processor is two
-    devices to JAX, for tests of work that is spread over several; all others have theirs on the first.
+    An XLA that does not know the flag ends the process that sets it, so another process tries it first.
     """
-    jax.config.update("jax_num_cpu_devices", 2)
     flags = os.environ.get("XLA_FLAGS", "")
     if config.option.markexpr == "not slow" and OLDER_EMITTERS not in flags:
         environment = os.environ | {"XLA_FLAGS": f"{flags} {OLDER_EMITTERS}", "JAX_PLATFORMS": "cpu"}
