@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
-from numpyro import validation_enabled
 
-from numpyro_pvmc.dependence import holds, influence
+from numpyro_pvmc.dependence import influence
+from numpyro_pvmc.holds import check_masks
 from numpyro_pvmc.laws import base_law, is_bounded
 from numpyro_pvmc.program import Arguments, is_latent, log_prob, mask_of, run, run_body
 from numpyro_pvmc.structure import Latent, Plate, Structure
-from numpyro_pvmc.survey import capture, check_continuous, choose_chain, first, survey
+from numpyro_pvmc.survey import capture, check_continuous, choose_chain, first, survey, unknown, with_carry_dtypes
 
 
 def analyse(model: Callable, arguments: Arguments, values: dict[str, Any]) -> Structure:
@@ -44,19 +44,21 @@ def analyse(model: Callable, arguments: Arguments, values: dict[str, Any]) -> St
             "the model in the error above. Inside a step write `jnp.where` or `jax.lax.cond`; numbers that shape the program, "
             "such as a length, are passed as Python numbers."
         ) from error
-    structure, hold_error = found[0]
-    if structure.holding and not _is_hold(structure, model, arguments, values):
-        raise ValueError(hold_error)
+    structure, unread, messages = found[0]
+    if structure.holding or structure.masked:
+        reason = check_masks(structure, model, arguments, values, unread)
+        if reason is not None:
+            raise ValueError(messages[reason])
     return structure
 
 
 def _analyse(model, arguments, values):
-    """The structure, and the message for the case that what looks like a hold is none."""
+    """The structure; which state leaves nothing reads; messages for the case that what looks like a hold is none."""
     found, outside = survey(model, arguments, values)
     chain = choose_chain(found)
     outside_latent = {name: site["value"] for name, site in outside.items() if is_latent(site)}
     for other in found:
-        if other.index != chain.index:
+        if other.scan_index != chain.scan_index:
             check_continuous(other.latent)
             outside_latent |= {n: jnp.stack([s["value"]] * other.length) for n, s in other.latent.items()}
     observed = [name for name, site in outside.items() if site["type"] == "sample" and site["is_observed"]]
@@ -69,7 +71,8 @@ def _analyse(model, arguments, values):
     is_clock = _clocks(reads, len(paths))
     state = [str(i) for i in range(len(paths)) if not is_clock[i]]
     kept = [(int(i), j) for i in state for j in state if reads[j]["carry"][int(i)]]
-    hold_error = _lag_message(kept[0], reads, paths, chain, state) if kept else ""
+    messages = _messages_of_kept(kept[0], reads, paths, chain, state) if kept else {}
+    unread = tuple(not any(jax.tree.leaves(_by_others(reads[i], int(i)))) for i in state)
 
     outer = _outer_influence(model, arguments, values, chain, outside_latent)
     initial = _initial_sites(outer, is_clock)
@@ -86,8 +89,9 @@ def _analyse(model, arguments, values):
     plates = _series({name: outside[name] for name in initial} | chain.latent, {**outside, **chain.sites})
     _check_enclosed(enclosed, plates)
     structure = Structure(
-        scan_index=chain.index,
+        scan_index=chain.scan_index,
         length=chain.length,
+        carry_dtypes=chain.carry_dtypes,
         plates=plates,
         initial_sites=tuple(_latent(outside[name]) for name in initial),
         step_sites=tuple(_latent(site) for site in chain.latent.values()),
@@ -103,7 +107,7 @@ def _analyse(model, arguments, values):
         free_sites=tuple(drawn_freely),
         subsampled=tuple(n for n, s in outside.items() if s["type"] == "plate" and s["args"][1] not in (None, s["args"][0])),
     )
-    return structure, hold_error
+    return structure, unread, messages
 
 
 def _latent(site):
@@ -127,15 +131,15 @@ def _support(fn):
 
 def _carry_influence(model, arguments, values, chain):
     """What of a step reads which leaf of the carry, and which latent site of the step; and the leaves' names."""
-    scan, _ = capture(model, arguments, values, chain.index)
+    scan, _ = capture(model, arguments, values, chain)
     leaves, treedef = jax.tree.flatten_with_path(scan.init)
-    parts = {str(i): leaf for i, (_, leaf) in enumerate(leaves)}
+    parts, x = {str(i): unknown(leaf) for i, (_, leaf) in enumerate(leaves)}, unknown(first(scan.xs))
     parts |= {f"latent {name}": site["value"] for name, site in chain.latent.items()}
 
     def step(parts):
         carry = jax.tree.unflatten(treedef, [parts[str(i)] for i in range(len(leaves))])
         latent = {name: parts[f"latent {name}"] for name in chain.latent}
-        carry, output, sites = run_body(scan, 0, carry, first(scan.xs), latent, chain.length)
+        carry, output, sites = run_body(scan, 0, carry, x, latent, chain.length)
         factors = {name: log_prob(site) for name, site in sites.items() if site["type"] == "sample"}
         return {"carry": jax.tree.leaves(carry), "output": jax.tree.leaves(output), "factors": factors}
 
@@ -171,27 +175,41 @@ def _clocks(reads, number_leaves):
     return [i not in state for i in range(number_leaves)]
 
 
-def _lag_message(pair, reads, paths, chain, state):
+def _by_others(read, own):
+    """What reads a leaf of the carry, but for that leaf after the step."""
+    return read | {"carry": [is_read for leaf, is_read in enumerate(read["carry"]) if leaf != own]}
+
+
+def _messages_of_kept(pair, reads, paths, chain, state):
+    """What is said of a leaf that reads another, or itself, from before the step, by the way in which it keeps it."""
     new, old = pair
     latent = sorted(chain.latent)
     begin = f"The scan over {latent} is not a first-order Markov chain: `{paths[new]}` after a step depends on "
+    blocks = (
+        "Scan over blocks of L steps with the block as the state, or give the lagged component noise of its own. (A bare lag "
+        "in the state would make the transition singular.)"
+    )
+    window = (
+        f"{begin}elements of `{paths[int(old)]}` before it, moved to other places beside {latent}: it is a window of lags. "
+        f"{blocks}"
+    )
     if not reads["latent"]["carry"][new]:
-        return (
-            f"{begin}`{paths[int(old)]}` before it and on no site of the step, so it keeps a second lag of the state. Scan "
-            "over blocks of L steps with the block as the state, or give the lagged component noise of its own. (A bare lag "
-            "in the state would make the transition singular.)"
-        )
+        begin += f"`{paths[int(old)]}` before it and on no site of the step, so it keeps a second lag of the state. "
+        return {"window": begin + blocks, "other": begin + blocks}
     if not any(reads[i]["factors"][name] for i in state for name in latent):
-        return (
+        other = (
             f"{begin}`{paths[int(old)]}` before it and on {latent}, and the laws of {latent} do not read the carry: this is a "
             "non-centred recursion, in which the whole past enters every step. Write the centred form, with the new state "
             "itself as the sample site (and without `LocScaleReparam`)."
         )
-    return (
+        return {"window": window, "other": other}
+    other = (
         f"{begin}`{paths[int(old)]}` before it as well as on {latent}, so it accumulates the past. Make it part of the state "
         "with noise of its own, or compute it after inference from the sampled trajectories. For padded steps a "
-        "`jnp.where(mask, new, old)` is understood."
+        "`jnp.where(mask, new, old)` is understood where the latent sites stand under that very mask, "
+        "`numpyro.handlers.mask(mask=mask)`, and the mask does not read them."
     )
+    return {"window": window, "other": other}
 
 
 def _outer_influence(model, arguments, values, chain, outside_latent):
@@ -202,11 +220,12 @@ def _outer_influence(model, arguments, values, chain, outside_latent):
         read = {}
 
         def at_scan(index, scan):
-            if index != chain.index:
+            if index != chain.scan_index:
                 return None
+            scan = with_carry_dtypes(scan, chain.carry_dtypes)
             leaves, treedef = jax.tree.flatten(scan.init)
-            carry = jax.tree.unflatten(treedef, [jnp.zeros_like(leaf) for leaf in leaves])
-            x = jax.tree.map(jnp.zeros_like, first(scan.xs))
+            carry = jax.tree.unflatten(treedef, [unknown(jnp.zeros_like(leaf)) for leaf in leaves])
+            x = unknown(jax.tree.map(jnp.zeros_like, first(scan.xs)))
             read["init"], read["xs"] = leaves, jax.tree.leaves(scan.xs)
             last, output, sites = run_body(scan, 0, carry, x, constant, chain.length)
             densities = [log_prob(site) for site in sites.values() if site["type"] == "sample"]
@@ -239,9 +258,9 @@ def _initial_sites(outer, is_clock):
 
 def _later_sites(model, arguments, values, chain, outside_latent, reads, state, outer):
     """Observed sites after the scan that read its outputs; and latent ones that nothing else reads."""
-    scan, _ = capture(model, arguments, {**values, **outside_latent}, chain.index)
+    scan, _ = capture(model, arguments, {**values, **outside_latent}, chain)
     leaves, treedef = jax.tree.flatten(scan.init)
-    _, output, _ = run_body(scan, 0, scan.init, first(scan.xs), {}, chain.length)
+    _, output, _ = run_body(scan, 0, unknown(scan.init), unknown(first(scan.xs)), {}, chain.length)
     outputs, output_tree = jax.tree.flatten(output)
     parts = {"last": [leaves[int(i)] for i in state]}
     parts |= {i: jnp.stack([output] * chain.length) for i, output in enumerate(outputs)}
@@ -254,7 +273,7 @@ def _later_sites(model, arguments, values, chain, outside_latent, reads, state, 
         stacked = jax.tree.unflatten(output_tree, [parts[i] for i in range(len(outputs))])
         given = jax.tree.unflatten(treedef, carry), stacked, {}
         sites = run(
-            model, arguments, {**values, **outside_latent}, random.key(0), lambda i, _: given if i == chain.index else None
+            model, arguments, {**values, **outside_latent}, random.key(0), lambda i, _: given if i == chain.scan_index else None
         )
         latent.update({name: is_latent(site) for name, site in sites.items() if site["type"] == "sample"})
         return {name: log_prob(site) for name, site in sites.items() if name in latent}
@@ -305,21 +324,3 @@ def _check_enclosed(sites, plates):
                     f"makes its {plate.size} elements independent series. Enter the plate around '{name}' too, or, if "
                     "the series share it, leave the plate out of the model."
                 )
-
-
-def _is_hold(structure, model, arguments, values):
-    def step(state, values, arguments, latent):
-        scan, _ = capture(model, arguments, values, structure.scan_index)
-        leaves, treedef = jax.tree.flatten(scan.init)
-        state = iter(state)
-        leaves = [next(state) if is_state else leaf for leaf, is_state in zip(leaves, structure.is_state, strict=True)]
-        carry = jax.tree.unflatten(treedef, leaves)
-        carry, _, _ = run_body(scan, 0, carry, first(scan.xs), latent, structure.length)
-        return [x for x, is_state in zip(jax.tree.leaves(carry), structure.is_state, strict=True) if is_state]
-
-    shapes = jax.eval_shape(lambda: jax.tree.leaves(capture(model, arguments, values, structure.scan_index)[0].init))
-    state = [jnp.zeros(x.shape, x.dtype) for x, is_state in zip(shapes, structure.is_state, strict=True) if is_state]
-    latent = {site.name: jnp.zeros(site.shape, site.dtype) for site in structure.step_latents}
-    # Arbitrary numbers, on which NumPyro's checks of what laws are given mean nothing.
-    with validation_enabled(False):
-        return holds(step, state, values, arguments, latent)

@@ -113,7 +113,7 @@ def read_chain(
     :return: the chain.
     """
     # Nothing here reads the chain's latent sites, so they may be drawn, from their own laws: a constant might lie outside.
-    scan, outside = capture(model, arguments, values, structure.scan_index)
+    scan, outside = capture(model, arguments, values, structure)
     treedef = jax.tree.structure(scan.init)
     state, clocks = _split(structure, scan.init)
     times = jnp.arange(structure.length)
@@ -151,7 +151,7 @@ def sites_at_start(chain: Chain, initial: dict[str, jax.Array]) -> tuple[list[ja
     :param initial: values of the initial sites.
     :return: state leaves of the first carry; sites, of which those after the scan have no meaning.
     """
-    scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, chain.structure.scan_index)
+    scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, chain.structure)
     state, _ = _split(chain.structure, scan.init)
     return state, sites
 

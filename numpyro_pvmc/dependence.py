@@ -1,9 +1,9 @@
-"""A function in, which of its outputs read which of its inputs out.
+"""Ask of a function which of its outputs read which of its inputs.
 
-Four questions are asked of a function without looking inside it. `influence` asks whether an output reads an input at
-all, and needs no numbers: it does if `jax.vmap` over that input maps the output. `couples` asks whether rows of the output
-read other rows of the input, and asks it of directional derivatives. `holds` asks whether the output is the input itself
-wherever it reads it. `follows_slope` asks whether the output is its value at zero plus its derivative there.
+`influence` asks whether an output reads an input at all: it does if `jax.vmap` over that input maps the output. `mixes_rows`
+asks whether rows of the output read other rows of the input, and follows these through the operations of the function. Neither
+needs numbers, and both see every way to read a value, with a slope or without. `follows_slope` asks whether the output is its
+value at zero plus its derivative there, and computes both.
 """
 
 import math
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
+
+from numpyro_pvmc.provenance import Follower
 
 
 def influence(function: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]) -> dict[str, Any]:
@@ -59,98 +61,49 @@ def _readers(function, inputs, name):
     return jax.tree.unflatten(treedefs[0], [index in readers for index in range(treedefs[0].num_leaves)])
 
 
-def couples(function: Callable[..., Any], rows: Any, *others: Any) -> Any:
-    """Which outputs of `function` have a row that reads another row of the input.
+def mixes_rows(function: Callable[..., Any], rows: Any, *others: Any) -> tuple[Any, set[str]]:
+    """Which outputs of `function` have a row that reads another row of the input, whatever the values are.
 
-    Every pair of rows is told apart by some bit of their numbers, so two directional derivatives a bit see every coupling.
-    Inputs that are traced, and have no numbers yet, are replaced by arbitrary ones: a coupling holds almost everywhere or
-    nowhere.
+    What it reads is followed through the operations of the traced function, element by element
+    (:mod:`numpyro_pvmc.provenance`). Every pair of rows is told apart by some bit of their numbers, so two marks a bit do.
 
-    :param function: takes `rows` and `others`, returns a pytree of arrays. It closes over nothing traced.
-    :param rows: a pytree of arrays with the same leading axis.
-    :param others: further pytrees of arrays.
-    :return: a pytree like the output of `function`, whose leaves have the leading axis of `rows`, of booleans.
+    :param function: takes `rows` and `others`, returns a pytree of arrays.
+    :param rows: a pytree of arrays with the same leading axis, whose values do not matter.
+    :param others: further pytrees of arrays, whose values do not matter either.
+    :return: a pytree like the output of `function`, whose leaves have the leading axis of `rows`, of booleans; and the names of
+        operations of which it is not known how they mix elements, which count as if they mixed all.
 
     .. doctest::
 
         >>> import jax.numpy as jnp
-        >>> from numpyro_pvmc.dependence import couples
-        >>> couples(lambda x: {"own": jnp.sin(x), "mean": x - x.mean()}, jnp.arange(3.0))
-        {'mean': True, 'own': False}
+        >>> from numpyro_pvmc.dependence import mixes_rows
+        >>> mixes_rows(lambda x: {"own": jnp.sin(x), "above": x > x.mean()}, jnp.arange(3.0))
+        ({'above': True, 'own': False}, set())
     """
     size = len(jax.tree.leaves(rows)[0])
-    number_bits = math.ceil(math.log2(size)) if size > 1 else 0
-    bits = (np.arange(size) >> np.arange(number_bits)[:, None]) & 1
-    chosen = np.concatenate([bits, 1 - bits]).astype(bool)
-
-    def leak(rows, others, chosen):
-        of_rows = lambda leaf: chosen.reshape((size,) + (1,) * (leaf.ndim - 1))
-        smooth = [leaf for leaf in jax.tree.leaves(rows) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        directions = [jnp.where(of_rows(leaf), 1.0 + 0.1 * jnp.cos(leaf), 0.0) for leaf in smooth]
-
-        def moved(smooth, is_flipped):
-            smooth = iter(smooth)
-            # An integer has no direction: 0 becomes 1, and 1 becomes 0.
-            flip = lambda leaf: jnp.where(of_rows(leaf) & is_flipped, 1 - leaf, leaf)
-            is_smooth = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact)
-            given = jax.tree.map(lambda leaf: next(smooth) if is_smooth(leaf) else flip(leaf), rows)
-            return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), function(given, *others))
-
-        value, change = jax.jvp(lambda smooth: moved(smooth, False), (smooth,), (directions,))
-        if len(smooth) < len(jax.tree.leaves(rows)):
-            # What is not a number on both sides is no evidence either, nor is rounding: the two are compiled apart.
-            difference = jax.tree.map(_difference, value, moved(smooth, True))
-            change = jax.tree.map(lambda a, b: jnp.where(jnp.isnan(b), a, jnp.abs(a) + jnp.abs(b)), change, difference)
-        # An undefined derivative (nan) is no evidence of a coupling.
-        seen = lambda leaf: jnp.any(jnp.where(of_rows(leaf), False, (leaf != 0) & ~jnp.isnan(leaf)))
-        return jax.tree.map(seen, change)
-
-    with jax.ensure_compile_time_eval():
-        rows, others = _stand_ins(rows, 0, always=True), _stand_ins(others, 1, always=False)
-        if not number_bits:
-            return jax.tree.map(lambda _: False, jax.eval_shape(function, rows, *others))
-    found = _computed(jax.vmap(leak, (None, None, 0)), rows, others, chosen)
-    return jax.tree.map(lambda leaf: bool(np.any(leaf)), found)
+    program, out = jax.make_jaxpr(function, return_shape=True)(rows, *others)
+    if size == 1:
+        return jax.tree.map(lambda _: False, out), set()
+    marks = marks_of_rows(size)
+    of_rows = lambda ndim: marks.reshape(-1, *(1,) * (ndim - 1))
+    follower = Follower()
+    numbers = len(jax.tree.leaves(rows))
+    inputs = [
+        follower.book.fresh(aval, of_rows(len(aval.shape)) if i < numbers else None) for i, aval in enumerate(program.in_avals)
+    ]
+    results = follower.run(program, inputs)
+    mixed = [bool((value.marks & ~of_rows(len(value.shape))).any()) for value in results]
+    return jax.tree.unflatten(jax.tree.structure(out), mixed), follower.strange
 
 
-def _difference(a, b):
-    rounding = 64 * jnp.finfo(a.dtype).eps * (1 + jnp.abs(a))
-    return jnp.where((a == b) | (jnp.abs(b - a) <= rounding), 0.0, b - a)
+def marks_of_rows(size: int) -> np.ndarray:
+    """Marks of which no two rows have the same: for each bit of a row's number one if it is set, and another if not.
 
-
-def holds(function: Callable[..., Any], value: Any, *others: Any, trials: int = 8) -> bool:
-    """Whether `function` returns, in each place, either `value` unchanged or something that does not read it.
-
-    :param function: takes `value` and `others`, returns a pytree like `value`. It closes over nothing traced.
-    :param value: a pytree of arrays.
-    :param others: further pytrees of arrays, among them the masks by which `function` chooses.
-    :param trials: how many arbitrary `others` to try, so that masks fall both ways.
-    :return: ``True`` if so in all trials.
-
-    .. doctest::
-
-        >>> import jax.numpy as jnp
-        >>> from numpyro_pvmc.dependence import holds
-        >>> mask, old, new = jnp.array(True), jnp.array(0.0), jnp.array(1.0)
-        >>> holds(lambda old, mask, new: jnp.where(mask, new, old), old, mask, new)
-        True
-        >>> holds(lambda old, mask, new: jnp.where(mask, old + new, old), old, mask, new)
-        False
+    :param size: number of rows.
     """
-
-    def held(first, second, others):
-        new_first, new_second = function(first, *others), function(second, *others)
-        same = jax.tree.map(
-            lambda a, b, x, y: jnp.all((a == b) | ((a == x) & (b == y)) | (jnp.isnan(a) & jnp.isnan(b))),
-            new_first, new_second, first, second,
-        )  # fmt: skip
-        return jnp.all(jnp.stack(jax.tree.leaves(same)))
-
-    with jax.ensure_compile_time_eval():
-        first, second = _stand_ins(value, 0, always=True), _stand_ins(value, 1, always=True)
-        tried = [_stand_ins(others, 2 + trial, always=True) for trial in range(trials)]
-        others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tried)
-    return bool(np.all(_computed(jax.vmap(held, (None, None, 0), axis_size=trials), first, second, others)))
+    bits = np.arange(max(math.ceil(math.log2(size)), 1))
+    is_set = (np.arange(size)[:, None] >> bits) & 1
+    return (np.uint64(1) << (2 * bits + is_set).astype(np.uint64)).sum(-1, dtype=np.uint64)
 
 
 def follows_slope(function: Callable[..., Any], value: Any, *others: Any, scales: tuple[float, ...] = (1.0, -30.0, 1e3)) -> Any:

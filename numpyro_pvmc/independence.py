@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import random
 
-from numpyro_pvmc.dependence import couples
+from numpyro_pvmc.dependence import mixes_rows
 from numpyro_pvmc.program import Arguments, log_prob, run, run_body
 from numpyro_pvmc.structure import Structure, per_series, time_rows
-from numpyro_pvmc.survey import first
+from numpyro_pvmc.survey import first, unknown, with_carry_dtypes
 
 
 def check_independence(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
@@ -32,12 +32,13 @@ def check_independence(structure: Structure, model: Callable, arguments: Argumen
             densities = _two_steps(structure, model, arguments, values, before, now)
             return {name: jnp.moveaxis(density, number, 0) for name, density in densities.items()}
 
-        for name, coupled in couples(by_series, (rows, rows), values, arguments).items():
-            if coupled:
+        mixed, strange = mixes_rows(by_series, (rows, rows), values, arguments)
+        for name, is_mixed in mixed.items():
+            if is_mixed:
                 raise ValueError(
                     f"Site '{name}' lets the elements of plate '{plate.name}' read each other. The plate encloses all latent "
                     "sites of the chain, which makes its elements independent series. Leave the plate out (the chain is then "
-                    "one series with a vector state, `.to_event(1)`), or remove the dependence."
+                    "one series with a vector state, `.to_event(1)`), or remove the dependence." + _because_of(strange)
                 )
     if structure.later_factors:
         rows = {name: value[None].repeat(structure.length + 1, 0) for name, value in one.items()}
@@ -45,12 +46,23 @@ def check_independence(structure: Structure, model: Callable, arguments: Argumen
         def by_time(rows, values, arguments):
             return _after_scan(structure, model, arguments, values, rows)
 
-        for name, coupled in couples(by_time, rows, values, arguments).items():
-            if coupled:
+        mixed, strange = mixes_rows(by_time, rows, values, arguments)
+        for name, is_mixed in mixed.items():
+            if is_mixed:
                 raise ValueError(
                     f"Site '{name}' after the scan mixes times: its row for one time reads the state of another. Observe it "
-                    "inside the body of the scan, where it may read the state before and after the step."
+                    "inside the body of the scan, where it may read the state before and after the step." + _because_of(strange)
                 )
+
+
+def _because_of(strange):
+    if not strange:
+        return ""
+    return (
+        f" (The model applies {sorted(strange)} to the states, of which it is not known which element of the result reads "
+        "which of the input: it counts as if each read all. Under `jax.vmap` over the plate, or written with operations of "
+        "JAX, it can be told.)"
+    )
 
 
 def _two_steps(structure, model, arguments, values, before, now):
@@ -60,10 +72,11 @@ def _two_steps(structure, model, arguments, values, before, now):
     def at_scan(index, scan):
         if index != structure.scan_index:
             return None
-        carry = scan.init
+        scan = with_carry_dtypes(scan, structure.carry_dtypes)
+        carry, x = unknown(scan.init), unknown(first(scan.xs))
         for latent in (before, now):
             latent = {name: latent[name] for name in structure.step}
-            carry, output, sites = run_body(scan, 0, carry, first(scan.xs), latent, structure.length)
+            carry, output, sites = run_body(scan, 0, carry, x, latent, structure.length)
             for name in (*structure.node_factors, *structure.edge_factors):
                 densities[name] = densities.get(name, 0.0) + per_series(log_prob(sites[name]), structure.plates)
         return carry, jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * structure.length), output), {}
@@ -84,8 +97,10 @@ def _after_scan(structure, model, arguments, values, rows):
         if index != structure.scan_index:
             return None
         steps = {name: rows[name][1:] for name in structure.step}
-        output = lambda latent: run_body(scan, 0, scan.init, first(scan.xs), latent, structure.length)[1]
-        return scan.init, jax.vmap(output)(steps), {}
+        scan = with_carry_dtypes(scan, structure.carry_dtypes)
+        carry, x = unknown(scan.init), unknown(first(scan.xs))
+        output = lambda latent: run_body(scan, 0, carry, x, latent, structure.length)[1]
+        return carry, jax.vmap(output)(steps), {}
 
     initial = {name: rows[name][0] for name in structure.initial}
     sites = run(model, arguments, {**values, **initial}, random.key(0), at_scan)

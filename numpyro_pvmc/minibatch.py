@@ -37,7 +37,7 @@ def draw_indices(
     """
     if not structure.subsampled:
         return {}
-    _, sites = capture(model, arguments, values, structure.scan_index, rng_key)
+    _, sites = capture(model, arguments, values, structure, rng_key)
     return {name: sites[name]["value"] for name in structure.subsampled}
 
 

@@ -56,11 +56,13 @@ class Structure(NamedTuple):
     A *factor* is a site of which the chain has a log density: a latent site, or an observed one. Latent sites of the chain are
     those that have particles, `initial_sites` and `step_sites`, and those that are summed over all their values,
     `initial_states` and `step_states`. `free_sites` are latent sites that nothing else reads: they have no density here, and
-    are drawn from their own laws. `subsampled` are the plates that draw a minibatch.
+    are drawn from their own laws. `subsampled` are the plates that draw a minibatch. `carry_dtypes` are the types of the leaves
+    of the carry.
     """
 
     scan_index: int
     length: int
+    carry_dtypes: tuple[Any, ...]
     plates: tuple[Plate, ...]
     initial_sites: tuple[Latent, ...]
     step_sites: tuple[Latent, ...]

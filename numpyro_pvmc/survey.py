@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax import random
+from jax import lax, random
 
 from numpyro_pvmc.laws import base_law
 from numpyro_pvmc.program import Arguments, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
@@ -18,10 +18,11 @@ _KEY = 0  # the seed of abstract runs, whose draws are never used
 
 
 class Found(NamedTuple):
-    """One scan as the survey met it: its sites are those of one step."""
+    """One scan as the survey met it: its sites are those of one step, its carry has the types that it has after the first."""
 
-    index: int
+    scan_index: int
     length: int
+    carry_dtypes: tuple[Any, ...]
     is_marked: bool
     reverse: bool
     history: int
@@ -41,21 +42,26 @@ def survey(model: Callable, arguments: Arguments, values: dict[str, Any]) -> tup
     met = []
 
     def at_scan(index, scan):
-        length = length_of(scan)
-        carry, output, sites = run_body(scan, 0, scan.init, first(scan.xs), {}, length)
+        length, x = length_of(scan), unknown(first(scan.xs))
+        one_step = lambda scan: run_body(scan, 0, unknown(scan.init), x, {}, length)
+        carry, output, sites = one_step(scan)
+        dtypes = _promoted_dtypes(scan.init, carry)
+        if dtypes != tuple(map(jnp.result_type, jax.tree.leaves(scan.init))):
+            scan = with_carry_dtypes(scan, dtypes)
+            carry, output, sites = one_step(scan)
         for site in sites.values():
             _check_observation(site)
         if any(map(is_latent, sites.values())):
-            _check_carry_shapes(scan.init, carry)
-        met.append((scan, length, sites))
-        return scan.init, _stacked_zeros(output, length), batch_shapes(sites, length)
+            _check_carry(scan.init, carry)
+        met.append((scan, length, dtypes, sites))
+        return carry, _stacked_zeros(output, length), batch_shapes(sites, length)
 
     outside = run(model, arguments, values, random.key(_KEY), at_scan)
     found = []
-    for index, (scan, length, sites) in enumerate(met):
+    for index, (scan, length, dtypes, sites) in enumerate(met):
         sites = under_handlers(sites, scan, 0)
         latent = {name: site for name, site in sites.items() if is_latent(site)}
-        found.append(Found(index, length, scan.is_marked, scan.reverse, scan.history, latent, sites))
+        found.append(Found(index, length, dtypes, scan.is_marked, scan.reverse, scan.history, latent, sites))
     return found, outside
 
 
@@ -91,22 +97,23 @@ def choose_chain(found: list[Found]) -> Found:
 
 
 def capture(
-    model: Callable, arguments: Arguments, values: dict[str, Any], scan_index: int, rng_key: jax.Array | None = None
+    model: Callable, arguments: Arguments, values: dict[str, Any], chain: Found | Any, rng_key: jax.Array | None = None
 ) -> tuple[Scan, Sites]:
     """Run a program up to its chain, and past it with outputs of zero.
 
     :param model: a NumPyro program.
     :param arguments: what it is called with.
     :param values: values of parameters and of sites outside the scan.
-    :param scan_index: which of its scans, in order.
+    :param chain: which of its scans, in order, and the types of its carry: as found, or a structure.
     :param rng_key: random key of what is not given, where that matters.
     :return: the scan, and the sites outside of it.
     """
     captured = []
 
     def at_scan(index, scan):
-        if index != scan_index:
+        if index != chain.scan_index:
             return None
+        scan = with_carry_dtypes(scan, chain.carry_dtypes)
         captured.append(scan)
         length, shapes = length_of(scan), {}
 
@@ -127,6 +134,27 @@ def first(xs: Any) -> Any:
     :param xs: a pytree of arrays with a leading time axis.
     """
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[0], xs)
+
+
+def unknown(tree: Any) -> Any:
+    """The same arrays without their values, in a program that is being traced: neither Python nor a reader may go by them.
+
+    The values of the first carry and the first inputs are those of one step, and say nothing of the others.
+
+    :param tree: a pytree of arrays and numbers.
+    """
+    return jax.tree.map(lax.optimization_barrier, tree)
+
+
+def with_carry_dtypes(scan: Scan, dtypes: tuple[Any, ...]) -> Scan:
+    """A scan whose first carry has the types that `jax.lax.scan` gives it.
+
+    :param scan: a scan.
+    :param dtypes: types of the leaves of its carry.
+    """
+    leaves, treedef = jax.tree.flatten(scan.init)
+    typed = lambda leaf, dtype: leaf if jnp.result_type(leaf) == dtype else lax.convert_element_type(leaf, dtype)
+    return scan._replace(init=jax.tree.unflatten(treedef, map(typed, leaves, dtypes)))
 
 
 def length_of(scan: Scan) -> int:
@@ -160,13 +188,30 @@ def _stacked_zeros(one, length):
     return jax.tree.map(lambda leaf: jnp.zeros((length, *jnp.shape(leaf)), jnp.result_type(leaf)), one)
 
 
-def _check_carry_shapes(old, new):
+def _promoted_dtypes(old, new):
+    """Types of the carry: as in `jax.lax.scan` those of Python numbers, `0` or `0.5`, give way to what the step returns."""
+    leaves = jax.tree.leaves(old), jax.tree.leaves(new)
+    if len(leaves[0]) != len(leaves[1]):
+        return tuple(map(jnp.result_type, leaves[0]))
+    is_weak = lambda leaf: jax.typeof(jnp.asarray(leaf)).weak_type
+    return tuple(jnp.result_type(a, b) if is_weak(a) else jnp.result_type(a) for a, b in zip(*leaves, strict=True))
+
+
+def _check_carry(old, new):
     shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(carry)] for carry in (old, new)]
     if shapes[0] != shapes[1] or jax.tree.structure(old) != jax.tree.structure(new):
         raise ValueError(
             f"The carry of `scan` must keep its structure and shapes, but it starts with shapes {shapes[0]} and the step "
             f"returns {shapes[1]}. Inside a plate, start the chain from a carry that has the plate's shape too."
         )
+    for (path, before), after in zip(jax.tree.flatten_with_path(old)[0], jax.tree.leaves(new), strict=True):
+        types = jnp.result_type(before), jnp.result_type(after)
+        if types[0] != types[1]:
+            raise TypeError(
+                f"The carry of `scan` must keep its types, as in NumPyro, but `carry{jax.tree_util.keystr(path)}` starts as "
+                f"{types[0]} and the step returns {types[1]}. Start it as an array of {types[1]}, or convert what the step "
+                f"returns with `.astype({types[0]})`."
+            )
 
 
 def _check_observation(site: Site) -> None:

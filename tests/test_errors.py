@@ -390,7 +390,7 @@ def test_guide_laws(law, message):
 )
 def test_guide_whose_law_has_other_values(of_model, of_guide, message):
     def model(y):
-        scan(lambda _, y_t: (numpyro.sample("x", of_model), None), jnp.zeros(of_model.shape()), y)
+        scan(lambda _, y_t: (numpyro.sample("x", of_model), None), of_model.sample(jax.random.key(0)), y)
 
     def guide(y):
         numpyro.sample("x", of_guide.expand((T,)))
