@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import random
-from numpyro.contrib.control_flow import scan as numpyro_scan
 from numpyro.handlers import block, condition, seed, substitute, trace
 from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
@@ -109,51 +108,6 @@ class Scan(NamedTuple):
         return getattr(self.body, "is_markov", False)
 
 
-def markov(step: Callable, init: Any = None, xs: Any = None, length: int | None = None) -> tuple[Any, Any]:
-    """NumPyro's `scan`, marked as the Markov chain of the program.
-
-    It means what :func:`numpyro.contrib.control_flow.scan` means under every inference. A program with one `scan` that has
-    latent sites needs no mark; in one with several, the mark says which is the chain, and the latent sites of the others
-    are global.
-
-    :param step: takes ``(carry, x)``, returns ``(carry, y)``.
-    :param init: the first carry.
-    :param xs: inputs, with a leading time axis.
-    :param length: number of steps, if `xs` is ``None``.
-    :return: the last carry, and the stacked outputs.
-    :raises TypeError: if it is used as an iterator, ``for t in markov(range(T))``.
-
-    .. doctest::
-
-        >>> import jax, numpyro, numpyro.distributions as dist
-        >>> from numpyro_pvmc import markov
-        >>> def step(x, _):
-        ...     x = numpyro.sample("x", dist.Normal(x, 1.0))
-        ...     return x, x
-        >>> with numpyro.handlers.seed(rng_seed=0):
-        ...     last, xs = markov(step, 0.0, length=5)
-        >>> xs.shape
-        (5,)
-    """
-    if not callable(step):
-        raise TypeError(
-            f"`markov` takes a step function, but got a {type(step).__name__}. It does not loop over `range(T)`; write the "
-            "loop's body as a function, and scan over it:\n\n"
-            "    def step(x_prev, y_t):\n"
-            '        x = numpyro.sample("x", dist.Normal(x_prev, sigma))\n'
-            '        numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)\n'
-            "        return x, x\n\n"
-            "    markov(step, x_0, y, length=T)"
-        )
-
-    @functools.wraps(step)
-    def marked(carry, x):
-        return step(carry, x)
-
-    marked.is_markov = True
-    return numpyro_scan(marked, init, xs, length=length)
-
-
 _PROBE = "_scan_probe"
 
 
@@ -187,6 +141,11 @@ class _AtScan(Messenger):
             # Before NumPyro draws indices: on an accelerator its way of drawing them fails with words of its own.
             if size is not None and size > total:
                 raise ValueError(f"The plate '{msg['name']}' has {total} elements, fewer than its `subsample_size={size}`.")
+        elif msg["type"] == "sample" and msg["value"] is None and isinstance(base_law(msg["fn"]), dist.ImproperUniform):
+            raise ValueError(
+                f"Latent site '{msg['name']}' outside the scan has an `ImproperUniform` distribution, of which nothing can be "
+                "drawn, and the chain has no evidence under it. Give it a proper one, such as a wide Normal."
+            )
         elif msg["type"] == "sample" and _PROBE in msg["infer"]:
             msg["stop"] = True
             name, around = msg["infer"][_PROBE]
@@ -330,6 +289,12 @@ class _InBody(Messenger):
             raise ValueError(
                 f"Latent site '{msg['name']}' of the scan has an `ImproperUniform` law, of which nothing can be drawn. Give it "
                 "a proper one, such as a wide Normal."
+            )
+        if msg["type"] == "prng_key":
+            raise ValueError(
+                "The body of the chain's `scan` calls `numpyro.prng_key()`: what is drawn with that key is noise without a "
+                "density, over which nothing here integrates. Draw it with `numpyro.sample`, as a site of the step, or pass it "
+                "in as an input of the scan."
             )
         if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
             raise ValueError(

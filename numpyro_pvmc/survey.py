@@ -153,7 +153,7 @@ def with_carry_dtypes(scan: Scan, dtypes: tuple[Any, ...]) -> Scan:
     :param dtypes: types of the leaves of its carry.
     """
     leaves, treedef = jax.tree.flatten(scan.init)
-    typed = lambda leaf, dtype: leaf if jnp.result_type(leaf) == dtype else lax.convert_element_type(leaf, dtype)
+    typed = lambda leaf, dtype: lax.convert_element_type(leaf, dtype) if jnp.result_type(leaf) != dtype else jnp.asarray(leaf)
     return scan._replace(init=jax.tree.unflatten(treedef, map(typed, leaves, dtypes)))
 
 
