@@ -106,6 +106,27 @@ def marks_of_rows(size: int) -> np.ndarray:
     return (np.uint64(1) << (2 * bits + is_set).astype(np.uint64)).sum(-1, dtype=np.uint64)
 
 
+def changes_by_steps(function: Callable[..., Any], inputs: Any) -> Any:
+    """Which outputs of `function` read the inputs by comparing, rounding or stopping gradients, where derivatives see nothing.
+
+    :param function: takes `inputs`, returns a pytree of arrays.
+    :param inputs: a pytree of arrays, whose values do not matter.
+    :return: a pytree like the output of `function`, of booleans.
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp
+        >>> from numpyro_pvmc.dependence import changes_by_steps
+        >>> changes_by_steps(lambda x: {"line": 2 * x, "far away": x + 1.0 * (x > 1e9)}, jnp.ones(3))
+        {'far away': True, 'line': False}
+    """
+    program, out = jax.make_jaxpr(function, return_shape=True)(inputs)
+    follower = Follower(steps=2)
+    marked = [follower.book.fresh(aval, np.ones((), np.uint64)) for aval in program.in_avals]
+    found = [bool((value.marks & follower.steps).any()) for value in follower.run(program, marked)]
+    return jax.tree.unflatten(jax.tree.structure(out), found)
+
+
 def follows_slope(function: Callable[..., Any], value: Any, *others: Any, scales: tuple[float, ...] = (1.0, -30.0, 1e3)) -> Any:
     """Which outputs of `function` are their values at zero plus their derivatives there, at arbitrary points.
 

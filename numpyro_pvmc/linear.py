@@ -17,7 +17,7 @@ import numpyro.distributions as dist
 from jax import lax
 
 from numpyro_pvmc.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step
-from numpyro_pvmc.dependence import follows_slope, influence
+from numpyro_pvmc.dependence import changes_by_steps, follows_slope, influence
 from numpyro_pvmc.kalman import Matrices, block_diagonal
 from numpyro_pvmc.laws import WRAPPERS
 from numpyro_pvmc.posterior import tidy, untidy
@@ -66,6 +66,7 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
     states = np.zeros(_shape(structure), jnp.result_type(float))
     reads = influence(slopes, {"states": states})["states"]
     follows = follows_slope(means, states, arguments, values)
+    steps = changes_by_steps(lambda states: means(states, arguments, values), states)
     for name, read in reads.items():
         if read["root"]:
             raise _refusal(name, "has a Normal law whose covariance reads the chain's latent sites")
@@ -73,7 +74,7 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
             raise _refusal(name, "has a mask that reads the chain's latent sites")
         if read["lag"]:
             raise _refusal(name, "has a Normal law whose mean is not affine in the latent sites of the step before")
-        if read["now"] or not follows[name]:
+        if read["now"] or steps[name] or not follows[name]:
             raise _refusal(name, "has a Normal law whose mean is not affine in the chain's latent sites")
         if read["value"] and name not in structure.sites:
             raise _refusal(name, "is observed at a value that reads the chain's latent sites")

@@ -20,6 +20,10 @@ _NAMES = """
     shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
 """
 ELEMENTWISE = frozenset(_NAMES.split())
+# Their results change by steps, where derivatives see nothing.
+STEPS = frozenset(
+    {"argmax", "argmin", "ceil", "eq", "floor", "ge", "gt", "is_finite", "le", "lt", "ne", "round", "sign", "stop_gradient"}
+)
 COMMUTATIVE = frozenset({"add", "and", "eq", "max", "min", "mul", "ne", "or", "xor"})
 
 

@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from numpyro_pvmc.element_rules import either, move, rule_of, said, together
 from numpyro_pvmc.facts import Aval, Book, Value
-from numpyro_pvmc.movement import broadcast_trailing
+from numpyro_pvmc.movement import STEPS, broadcast_trailing
 
 _STEPS = 20_000  # operations of a scan that are followed one by one
 
@@ -26,10 +26,11 @@ class Follower:
     result reads every operand.
 
     :param book: numbers of equal elements, if these are asked for.
+    :param steps: a mark for what is computed from marked elements by operations that change by steps, and have no slope.
     """
 
-    def __init__(self, book: Book | None = None):
-        self.book, self.strange = book or Book(), set()
+    def __init__(self, book: Book | None = None, steps: int = 0):
+        self.book, self.strange, self.steps = book or Book(), set(), np.uint64(steps)
 
     def run(self, program: Jaxpr | ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
         """Go through a program.
@@ -55,7 +56,9 @@ class Follower:
         if name in _CONTROL:
             return _CONTROL[name](self, params, out, values)
         if (rule := rule_of(name)) is not None:
-            return rule(self.book, params, out, values)
+            results = rule(self.book, params, out, values)
+            is_marked = self.steps and _changes_by_steps(equation) and any((v.marks != 0).any() for v in values)
+            return [value._replace(reads=value.marks | self.steps) for value in results] if is_marked else results
         if (inner := _called(equation)) is not None:
             return self.run(inner, values)
         if any(value.reads is not None and value.reads.any() for value in values):
@@ -137,6 +140,12 @@ _CONTROL = {
     "scan": Follower._scan,
     "while": Follower._while,
 }
+
+
+def _changes_by_steps(equation: Any) -> bool:
+    to = equation.params.get("new_dtype")
+    is_cut = to is not None and not np.issubdtype(to, np.inexact) and np.issubdtype(equation.invars[0].aval.dtype, np.inexact)
+    return equation.primitive.name in STEPS or is_cut
 
 
 def _called(equation: Any) -> Jaxpr | ClosedJaxpr | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from numpyro_pvmc.dependence import follows_slope, mixes_rows
+from numpyro_pvmc.dependence import changes_by_steps, follows_slope, mixes_rows
 
 ROWS = np.linspace(-1.0, 1.0, 20).reshape(5, 4)
 IDENTITY, TABLE = np.eye(5), np.arange(20.0).reshape(5, 4)
@@ -140,6 +140,21 @@ def test_inside_jit(x64):
 
     traced(ROWS, 2.0)
     assert found == [True, False]
+
+
+def test_steps_are_no_slope(x64):
+    steps = {
+        "line": lambda x: 2 * x + 1,
+        "sum": lambda x: x @ np.ones((4, 3)),
+        "far away": lambda x: x + 1.0 * (x > 1e9),
+        "rounded": lambda x: x + jnp.round(1e-9 * x),
+        "cut": lambda x: x + (1e-9 * x).astype(int),
+        "stopped": lambda x: x + lax.stop_gradient(x),
+        "in a loop": lambda x: lax.fori_loop(0, 3, lambda i, c: c + jnp.floor(1e-9 * c), x),
+        "of a constant": lambda x: x + jnp.floor(jnp.arange(4.0) / 3),
+    }
+    found = changes_by_steps(lambda x: {name: function(x) for name, function in steps.items()}, ROWS)
+    assert {name for name, is_found in found.items() if not is_found} == {"line", "sum", "of a constant"}
 
 
 def test_slope_inside_jit(x64):
