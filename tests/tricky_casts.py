@@ -120,7 +120,7 @@ def random_cast(seed: int) -> Tricky:
     changes_form = c.chance("a list returns where a tuple came", 0.04)
     reads = c.pick("the clock is read by", ("the mean", "the emission", "the scale", "a table")) if has_clock else "nothing"
     table = c.numbers(8)
-    y, y_0 = c.numbers(T, *plates), c.numbers(*plates)
+    y = c.numbers(T, *plates)
     state_of_start = {"as it is": lambda x: x, "as float32": lambda x: x.astype(jnp.float32), "rounded": jnp.round}
     state_of_start = c.pick("which is taken", state_of_start, (3, 1, 1)) if from_site else None
 

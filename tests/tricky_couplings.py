@@ -43,7 +43,7 @@ def each(function):
     return lambda c: jnp.vectorize(function)(c)
 
 
-def index(c, size=len(TABLE)):
+def index(c, size=4):
     return jnp.clip(jnp.floor(2 * c).astype(int) + 1, 0, size - 1)
 
 
