@@ -59,7 +59,7 @@ class Tricky(NamedTuple):
     """`is_legitimate`: built so that a step reads one step before, and a series itself alone.
 
     present: {site: (T, *plates)}, false where the model masks a latent site: there the guide's density does not count. None:
-    no site is ever masked. bounds: {site: largest count}, of the sites that the guide leaves out.
+    no site is ever masked. right: the program and the posterior's particles in, right values out; None: `right_values`.
     """
 
     kind: str
@@ -81,11 +81,17 @@ class Tricky(NamedTuple):
     def propose(self, masks):
         """A guide that is independent over time, with masks on the sites that have one."""
         with plates_of(self.plates):
-            for number, (name, proposal) in enumerate(self.proposals.items()):
-                shape = (*self.plates, *proposal.event) if proposal.at_start else (self.T, *self.plates, *proposal.event)
-                loc = proposal.loc + 0.3 * jnp.sin(1.0 + number + jnp.arange(float(np.prod(shape))).reshape(shape))
-                fn = dist.Normal(loc, proposal.scale).to_event(len(proposal.event))
+            for name, proposal in self.proposals.items():
+                loc, scale = self.proposal_of(name)
+                fn = dist.Normal(jnp.asarray(loc), scale).to_event(len(proposal.event))
                 numpyro.sample(name, fn.mask(jnp.asarray(masks[name])) if name in masks else fn)
+
+    def proposal_of(self, name):
+        """Location, of the shape of the site, and scale of its Normal in the guide."""
+        proposal = self.proposals[name]
+        shape = (*self.plates, *proposal.event) if proposal.at_start else (self.T, *self.plates, *proposal.event)
+        first = 1.0 + list(self.proposals).index(name)
+        return proposal.loc + 0.3 * np.sin(first + np.arange(np.prod(shape, dtype=int)).reshape(shape)), proposal.scale
 
     def __str__(self):
         legitimate = "legitimate" if self.is_legitimate else "not legitimate"
