@@ -4,64 +4,23 @@
 """
 
 import argparse
-import re
 import sys
 import time
-import warnings
 from collections import Counter
-from typing import NamedTuple
 
 import jax
-import numpy as np
 import pytest
-from jax import random
 
-from numpyro_pvmc import PVMC
-from tricky import Tricky, right_values, stock_error
 from tricky_casts import random_cast
 from tricky_counts import random_count
 from tricky_couplings import random_coupling
 from tricky_holds import random_hold
+from tricky_outcomes import WRONG, outcome
 
 KINDS = {"casts": random_cast, "holds": random_hold, "couplings": random_coupling, "counts": random_count}
-WORDS = {
-    "casts": "carry",
-    "holds": "hold|mask|Markov|accumulat",
-    "couplings": "read each other|mixes times",
-    "counts": "support|max_count|discrete",
-}
 NUMBER = 130  # programs of a kind
 QUICK = {"casts": (0, 6), "holds": (0, 1), "couplings": (0, 1), "counts": (0, 1)}
 ACCEPTED = 0.6  # of the legitimate ones, at least
-WRONG = ("wrong number", "broke", "other words", "accepted what NumPyro raises at")
-
-
-class Outcome(NamedTuple):
-    """`what` is one of "right", "refused", or of `WRONG`; `said` are the numbers, or the message."""
-
-    what: str
-    said: str
-
-
-def outcome(program: Tricky) -> Outcome:
-    """What the library makes of a program."""
-    raised = stock_error(program)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of mass at the largest count
-            pvmc = PVMC(program.model, program.guide, num_particles=program.K, particles="iid")
-            posterior = pvmc.posterior(random.key(1), {}, *program.args)
-    except (ValueError, TypeError) as error:
-        fits = raised is not None or re.search(WORDS[program.kind], str(error))
-        return Outcome("refused" if fits else "other words", f"{type(error).__name__}: {error}")
-    except Exception as error:
-        return Outcome("refused" if raised is not None else "broke", f"{type(error).__name__}: {error}")
-    found = float(posterior.log_normalizer.sum())
-    if raised is not None:
-        return Outcome("accepted what NumPyro raises at", f"{found}; NumPyro: {raised}")
-    right = (program.right or right_values)(program, posterior.particles)
-    is_right = any(np.isclose(found, value, rtol=1e-9, atol=1e-6) for value in right)
-    return Outcome("right" if is_right else "wrong number", f"{found:.6f}, right {', '.join(f'{x:.6f}' for x in right)}")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from scipy import special, stats
 
 from tricky import Chooser, Proposal, Tricky, plates_of
 
-GRID = np.arange(46)  # the oracle knows no bounds: what no count can reach has no mass
+GRID = np.arange(200)  # the oracle knows no bounds: what no count can reach has no mass
 
 TOTALS = {  # of NumPy or JAX, the count before, the clock and an input
     "n": lambda xp, n, t, u: n,

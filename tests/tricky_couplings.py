@@ -150,7 +150,7 @@ OTHERS = {
     "int of the mean": lambda c: (4 * c.mean(0)).astype(int) + 0 * c,
     "product of signs": lambda c: jnp.prod(jnp.sign(c), 0) + 0 * c,
     "table by the mean": lambda c: jnp.asarray(TABLE)[index(c.mean(0))] + 0 * c,
-    "own row by argmax": lambda c: c[jnp.argmax(c, 0)] if c.ndim == 1 else c[jnp.argmax(c[:, 0])] + 0 * c,
+    "row of the argmax": lambda c: c[jnp.argmax(c.reshape(len(c), -1)[:, 0])] + 0 * c,
     "set in place": lambda c: c.at[-1].set(jnp.round(2 * c[0])),
     "map over rows, with all": lambda c: lax.map(lambda row: 1.0 * (row > c.mean(0)), c),
     "one step of a scan": lambda c: lax.scan(lambda b, row: (jnp.maximum(b, row), b), c[0], c)[0] + 0 * c,
