@@ -53,8 +53,9 @@ class Book:
 
     def __init__(self, numbered: bool = False):
         self.numbered = numbered
-        self._assumed: dict[int, bool] = {}
+        self._assumed = np.empty(0, np.int64), np.empty(0, bool)
         self._numbers: dict[Any, np.ndarray] = {}
+        self._elements: dict[Any, int] = {}
         self._count = 0
         self._opposite: dict[int, int] = {}
 
@@ -64,7 +65,8 @@ class Book:
         :param values: truth values, by number.
         """
         opposite = {self._opposite[n]: not value for n, value in values.items() if n in self._opposite}
-        self._assumed = opposite | values
+        assumed = sorted((opposite | values).items())
+        self._assumed = np.array([n for n, _ in assumed], np.int64), np.array([value for _, value in assumed], bool)
 
     def fresh(self, aval: Any, reads: np.ndarray | None = None) -> Value:
         """An array of which nothing is known but its marks.
@@ -95,21 +97,25 @@ class Book:
 
         :param name: of the operation.
         :param how: what else it depends on.
-        :param aval: shape and type of the result. Only of truth values is every element by itself compared with others.
+        :param aval: shape and type of the result. Only of truth values without marks, which masks are, is every element
+            compared with others by itself.
         :param values: its operands, which are broadcast.
         """
         if not self.numbered:
             return None
         numbers = [np.broadcast_to(value.number, aval.shape).ravel() for value in values]
         numbers = np.sort(numbers, 0) if name in COMMUTATIVE else np.array(numbers)
-        if aval.dtype != bool or numbers.size > LARGE:
-            return self._array((name, how, numbers.tobytes()), aval.shape)
+        key = (name, how, numbers.shape, numbers.tobytes())
+        is_mask = aval.dtype == bool and all(value.reads is None for value in values) and numbers.size <= LARGE
+        if key in self._numbers or not is_mask:
+            return self._array(key, aval.shape).reshape(aval.shape)
         different, inverse = np.unique(numbers, axis=1, return_inverse=True)
-        found = [int(self._array((name, how, *column), ())) for column in different.T.tolist()]
+        found = [self._element((name, how, *column)) for column in different.T.tolist()]
         if name == "not":
             pairs = list(zip(found, different[0].tolist(), strict=True))
             self._opposite |= dict(pairs) | {of: number for number, of in pairs}
-        return np.array(found, np.int64)[inverse.ravel()].reshape(aval.shape)
+        self._numbers[key] = np.array(found, np.int64)[inverse.ravel()].reshape(aval.shape)
+        return self._numbers[key]
 
     def numbers_of_whole(self, name: str, how: str, shape: tuple[int, ...], values: Sequence[Value]) -> np.ndarray:
         """Numbers of what an operation returns that mixes elements: the same for the same operation on equal operands.
@@ -126,11 +132,12 @@ class Book:
 
         :param value: an array.
         """
-        if not self._assumed or value.dtype != bool:
+        numbers, given = self._assumed
+        if not len(numbers) or value.dtype != bool or value.reads is not None:
             return value
-        given = np.array([self._assumed.get(int(n), -1) for n in value.number.ravel()], int).reshape(value.shape)
-        is_assumed = given >= 0
-        known = given > 0 if value.known is None else np.where(is_assumed, given > 0, value.known)
+        place = np.minimum(np.searchsorted(numbers, value.number), len(numbers) - 1)
+        is_assumed = numbers[place] == value.number
+        known = given[place] if value.known is None else np.where(is_assumed, given[place], value.known)
         sure = is_assumed if value.sure is None else is_assumed | value.sure
         return value._replace(known=known, sure=sure)
 
@@ -139,6 +146,12 @@ class Book:
         if key not in self._numbers:
             self._numbers[key] = self._new(shape)
         return self._numbers[key]
+
+    def _element(self, key):
+        """The number of an element that is known by a key."""
+        if key not in self._elements:
+            self._elements[key], self._count = self._count, self._count + 1
+        return self._elements[key]
 
     def _new(self, shape):
         if not self.numbered:
