@@ -60,13 +60,15 @@ def smooth(chain: Matrices) -> Smoothed:
     width = chain.c.shape[-1]
     no_state = jnp.zeros_like(chain.c[0]), jnp.eye(width, dtype=chain.c.dtype)
 
-    def advance(before, row):
-        state, log_evidence = before
-        predicted = predict(*state, row.F, row.c, row.root_Q)
-        state, log_evidence = filter_update(*predicted, row.H, row.d, row.root_R, row.y, log_evidence)
-        return (state, log_evidence), Gaussians(*state)
+    nothing = jnp.zeros((), chain.c.dtype)
 
-    (_, log_evidence), filtered = lax.scan(advance, (no_state, jnp.zeros((), chain.c.dtype)), chain)
+    def advance(state, row):
+        predicted = predict(*state, row.F, row.c, row.root_Q)
+        state, log_density = filter_update(*predicted, row.H, row.d, row.root_R, row.y, nothing)
+        return state, (Gaussians(*state), log_density)
+
+    _, (filtered, log_densities) = lax.scan(advance, no_state, chain)
+    log_evidence = log_densities.sum()  # in a tree; a total that grew from row to row would be rounded at each
     head, (mean, root) = jax.tree.map(lambda x: x[:-1], filtered), jax.tree.map(lambda x: x[-1], filtered)
     last = smoothing.SmootherScanElement(mean, jnp.zeros_like(root), root)
     backward = jax.vmap(smoothing.associative_params_single)(*head, chain.F[1:], chain.c[1:], chain.root_Q[1:])

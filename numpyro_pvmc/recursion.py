@@ -56,21 +56,21 @@ def _forward(node, function, inputs, mask, blocks):
     before = start if of_blocks is None else starts(start, of_blocks)
 
     @jax.checkpoint  # without it the backward pass would keep all S blocks of K x K
-    def step(carry, inputs):
-        total, alpha = carry
+    def step(alpha, inputs):
         node, present, edge_inputs = inputs
         edge = function(edge_inputs).astype(node.dtype)
         node, edge = _without_absent(present, node, edge)
         gain, moved = less_largest(node + logsumexp(alpha[..., :, None] + edge, -2))
         if present is not None:
             gain, moved = jnp.where(present, gain, 0.0), jnp.where(present[..., None], moved, alpha)
-        return (total + gain, moved), moved
+        return moved, (moved, gain)
 
-    (gains, last), rest = scan_reading_ahead(step, (jnp.zeros_like(before[..., 0]), before), (nodes, present, inputs))
-    if of_blocks is not None:
-        gains, last = gains.sum(0), last[-1]
-    # A chain that ends without mass has no weights, whatever the points before the end had: then this is -inf.
-    log_z = first + gains + logsumexp(last, -1)
+    last, (rest, gains) = scan_reading_ahead(step, before, (nodes, present, inputs))
+    last = last if of_blocks is None else last[-1]
+    # XLA adds up an array in a tree. A total that grew from step to step would be rounded T times: in float32, at 200,000
+    # steps, half a nat. A chain that ends without mass has no weights, whatever the points before the end had: then this
+    # is -inf.
+    log_z = first + blocks.join(gains).sum(0) + logsumexp(last, -1)
     return log_z, jnp.concatenate([start[None], blocks.join(rest)]), of_blocks
 
 
@@ -170,7 +170,7 @@ def _both_ways(node, edge, mask, blocks):
 
         @jax.checkpoint  # for derivatives of the derivative
         def step(carry, given):
-            beta, of_constants = carry
+            beta, *of_constants = carry
             node, alpha, present, real, fixed = given
 
             def block(real, constants):
@@ -189,16 +189,17 @@ def _both_ways(node, edge, mask, blocks):
             pairs = shares * (cotangent[..., None] * jnp.exp(log_weights) / some)[..., None]
             pairs = pairs if present is None else jnp.where(present[..., None, None], pairs, 0.0)
             of_real, more = pull(pairs)
-            return (before, jax.tree.map(jnp.add, of_constants, more)), (log_weights, of_real)
+            return (before, *_plus(*of_constants, more)), (log_weights, of_real)
 
-        start = last, jax.tree.map(jnp.zeros_like, constants)
+        nothing = jax.tree.map(jnp.zeros_like, constants)
         given = (
             blocks.cut(node[1:]),
             blocks.cut(alpha[:-1]),
             blocks.cut_mask(mask, alpha.shape[1:-1]),
             *map(blocks.cut, (real, fixed)),
         )
-        (_, of_constants), results = scan_reading_ahead(step, start, given, reverse=True)
+        (_, of_constants, lost), results = scan_reading_ahead(step, (last, nothing, nothing), given, reverse=True)
+        of_constants = jax.tree.map(jnp.add, of_constants, lost)
         log_weights, of_real = blocks.join(results)
         log_weights = jnp.concatenate([log_weights, scaled(alpha[-1:])[1]])
         of_node = cotangent[..., None] * jnp.exp(log_weights)
@@ -207,6 +208,21 @@ def _both_ways(node, edge, mask, blocks):
         return (of_node, of_real, of_constants, None, None, None), log_weights
 
     return (node, real, constants, fixed, held, mask), there, back
+
+
+def _plus(total, lost, more):
+    """A sum with one more term, and what rounding has taken from it so far (Knuth 1969, theorem 4.2.2B).
+
+    Sums of what all steps say of one constant grow as long as the chain.
+    """
+    added = jax.tree.map(jnp.add, total, more)
+
+    def taken(total, more, added):
+        of_more = added - total
+        rounding = (total - (added - of_more)) + (more - of_more)
+        return lax.stop_gradient(jnp.where(jnp.isfinite(added), rounding, 0.0))  # inf - inf is nan
+
+    return added, jax.tree.map(lambda lost, *terms: lost + taken(*terms), lost, total, more, added)
 
 
 def _with_held(function, *example):
