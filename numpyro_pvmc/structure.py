@@ -3,7 +3,7 @@ series and by time out.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,10 @@ class Latent(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.batch_shape + self.event_shape
+
+    @property
+    def is_discrete(self) -> bool:
+        return not jnp.issubdtype(self.dtype, jnp.inexact)
 
     def shape_of_one(self, plates: tuple[Plate, ...]) -> tuple[int, ...]:
         """The shape in one series: axes of plates have one element."""
@@ -142,6 +146,22 @@ class Structure(NamedTuple):
         return self._replace(
             initial_sites=initial_sites, initial_states=initial_states, step_sites=step_sites, step_states=step_states
         )
+
+
+def refuse_unlisted(sites: Iterable[Latent]) -> None:
+    """Refuse discrete sites whose values are not known beforehand, where they would have to be summed.
+
+    :param sites: latent sites.
+    :raises ValueError: naming the first one.
+    """
+    for site in sites:
+        if site.is_discrete and site.support is None:
+            raise ValueError(
+                f"Latent site '{site.name}' is discrete, and the guide does not sample it; its values are not finitely many, "
+                "or read the state before, the inputs of the scan or parameters, so it cannot be summed over them. Sample it "
+                "in a guide, as with `numpyro.sample(name, dist.Poisson(rate))`, whose rate, a parameter, has a leading time "
+                "axis."
+            )
 
 
 def per_series(log_density: jax.Array, plates: tuple[Plate, ...]) -> jax.Array:

@@ -42,7 +42,8 @@ def survey(model: Callable, arguments: Arguments, values: dict[str, Any]) -> tup
 
     def at_scan(index, scan):
         length = length_of(scan)
-        carry, output, sites = run_body(scan, 0, scan.init, first(scan.xs), {}, length)
+        # As arrays: what a law reads of a number here, such as the support of a count, would not hold for other steps.
+        carry, output, sites = run_body(scan, 0, jax.tree.map(jnp.asarray, scan.init), first(scan.xs), {}, length)
         for site in sites.values():
             _check_observation(site)
         if any(map(is_latent, sites.values())):
