@@ -155,7 +155,7 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
         )
     finite = structure.summing(structure.finite)
     if finite.sites:
-        refuse_unlisted(finite.sites.values())
+        refuse_unlisted(finite.sites.values(), "and an exact posterior has no guide that samples it")
         check_linear_gaussian(structure, model, arguments, params)
     if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)

@@ -20,7 +20,6 @@ from scipy import stats
 
 from conftest import in_both_precisions, initial_params
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
-from numpyro_pvmc.exact import exact_posterior
 from oracles import forward_backward, log_gaussian
 
 INITIAL, MOVES = np.array([0.5, 0.3, 0.2]), np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]])
@@ -280,21 +279,3 @@ def test_what_cannot_be_summed_says_so():
         PVMC(switching, AutoNormal(switching)).init(jax.random.key(0), y)
     with pytest.raises(ValueError, match=r"`init='laplace'` needs states with a smooth density, and \['s'\] are discrete"):
         PVMC(switching, AutoSmoothedNormal(switching, init="laplace")).init(jax.random.key(0), y)
-
-
-def recruits(y):
-    """Counts whose support reads the state: one of the first step only is a silent wrong number."""
-
-    def step(previous, y_t):
-        n = numpyro.sample("n", dist.Binomial(previous + 3, 0.9))
-        numpyro.sample("y", dist.Binomial(n, 0.5), obs=y_t)
-        return n, n
-
-    scan(step, 5, y)
-
-
-def test_a_support_that_moves_is_not_that_of_the_first_step():
-    y = jnp.array([3, 4, 5, 4, 5, 3])
-    for of in (lambda: PVMC(recruits).posterior(jax.random.key(0), {}, y), lambda: exact_posterior(recruits, {}, y)):
-        with pytest.raises(ValueError, match=r"site 'n' is discrete.*read the state before"):
-            of()
