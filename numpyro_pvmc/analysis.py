@@ -5,6 +5,7 @@ which are clocks, which sites before the scan are the chain's beginning and whic
 previous state, which sites nothing reads.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax import random
 from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.holds import check_masks
 from numpyro_pvmc.laws import base_law, is_bounded
+from numpyro_pvmc.limits import declared_max_count, limits
 from numpyro_pvmc.program import Arguments, is_latent, log_prob, mask_of, run, run_body
 from numpyro_pvmc.structure import Latent, Plate, Structure
 from numpyro_pvmc.survey import capture, check_continuous, choose_chain, first, survey, unknown, with_carry_dtypes
@@ -111,14 +113,29 @@ def _analyse(model, arguments, values):
 
 
 def _latent(site):
-    shape = jnp.shape(site["value"])
-    border = len(shape) - site["fn"].event_dim
-    dtype, support = jnp.result_type(site["value"]), _support(site["fn"])
-    return Latent(site["name"], shape[:border], shape[border:], dtype, support, is_bounded(site["fn"]))
+    fn, shape = site["fn"], jnp.shape(site["value"])
+    border, max_count = len(shape) - fn.event_dim, declared_max_count(site)
+    is_discrete = fn.support is not None and fn.support.is_discrete
+    unlisted = ""
+    if is_discrete and base_law(fn).event_shape:
+        unlisted = "is one of vectors"
+    elif is_discrete and max_count is None and limits(fn)[1] is math.inf:
+        unlisted = "has no end"
+    return Latent(
+        name=site["name"],
+        batch_shape=shape[:border],
+        event_shape=shape[border:],
+        dtype=jnp.result_type(site["value"]),
+        support=None if max_count is not None else _support(fn),
+        is_bounded=is_bounded(fn),
+        is_discrete=is_discrete,
+        max_count=max_count,
+        unlisted=unlisted,
+    )
 
 
 def _support(fn):
-    """The values of one element of a discrete law, if there are finitely many and they are known beforehand."""
+    """The values of one element of a discrete distribution, if they are finitely many, and constants of the program."""
     fn = base_law(fn)
     if not fn.has_enumerate_support or fn.event_shape:
         return None

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_pvmc.analysis import analyse
+from numpyro_pvmc.counts import list_values
 from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.independence import check_independence
+from numpyro_pvmc.limits import Limits, Within, without_mass
 from numpyro_pvmc.program import Arguments, Scan, Site, Sites, log_prob, mask_of, run, run_body, signature
 from numpyro_pvmc.structure import Structure, per_series, time_rows
 from numpyro_pvmc.survey import capture, first
@@ -69,7 +71,7 @@ def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]
     :raises ValueError: if it has none; see :func:`numpyro_pvmc.analysis.analyse` and
         :func:`numpyro_pvmc.independence.check_independence`.
     """
-    structure = analyse(model, arguments, values)
+    structure = list_values(analyse(model, arguments, values), model, arguments, values)
     check_independence(structure, model, arguments, values)
     return structure
 
@@ -90,10 +92,13 @@ class Structures:
         :param arguments: what the program is called with.
         """
         known_for = signature(arguments)
-        if known_for not in self._known:
-            structure = read_structure(self.model, arguments, {})
-            self._known[known_for] = structure.summing(structure.finite)
-        return self._known[known_for]
+        if known_for in self._known:
+            return self._known[known_for]
+        structure = read_structure(self.model, arguments, {})
+        structure = structure.summing(structure.finite)
+        if not structure.by_value:
+            self._known[known_for] = structure
+        return structure
 
 
 def read_chain(
@@ -151,29 +156,43 @@ def sites_at_start(chain: Chain, initial: dict[str, jax.Array]) -> tuple[list[ja
     :param initial: values of the initial sites.
     :return: state leaves of the first carry; sites, of which those after the scan have no meaning.
     """
-    scan, sites = capture(chain.model, chain.arguments, {**chain.values, **initial}, chain.structure)
+    counts = {name: value for name, value in initial.items() if chain.structure.latents[name].moves}
+    model = Within(chain.model, counts, {}) if counts else chain.model
+    others = {name: value for name, value in initial.items() if name not in counts}
+    scan, sites = capture(model, chain.arguments, {**chain.values, **others}, chain.structure)
     state, _ = _split(chain.structure, scan.init)
     return state, sites
 
 
-def step(chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, jax.Array]) -> Step:
+def step(
+    chain: Chain,
+    inputs: Any,
+    state: list[jax.Array],
+    latent: dict[str, jax.Array],
+    ends: Mapping[str, Limits] = MappingProxyType({}),
+) -> Step:
     """One step of a chain, for one particle before and one after.
 
     :param chain: the chain.
     :param inputs: one step of ``chain.inputs``.
     :param state: state leaves of the carry before the step.
     :param latent: values of the latent sites of the step.
+    :param ends: limits of counts, by name, in place of those that their supports have given this very state.
     :return: log densities, new state, output. Under `jax.vmap` over `latent` alone, what reads `latent` alone is computed
         once for each.
     """
-    new_state, output, sites = sites_of_step(chain, inputs, state, latent)
+    new_state, output, sites = sites_of_step(chain, inputs, state, latent, ends)
     edge = log_density(chain, sites, chain.structure.edge_factors)
     node = log_density(chain, sites, chain.structure.node_factors)
     return Step(edge, node, new_state, output)
 
 
 def sites_of_step(
-    chain: Chain, inputs: Any, state: list[jax.Array], latent: dict[str, jax.Array]
+    chain: Chain,
+    inputs: Any,
+    state: list[jax.Array],
+    latent: dict[str, jax.Array],
+    ends: Mapping[str, Limits] = MappingProxyType({}),
 ) -> tuple[list[jax.Array], Any, Sites]:
     """The sites of one step, for one particle before and one after.
 
@@ -181,6 +200,10 @@ def sites_of_step(
 
     :return: new state, output, sites.
     """
+    counts = {name: value for name, value in latent.items() if chain.structure.latents[name].moves}
+    if counts:
+        chain = chain._replace(scan=chain.scan._replace(body=Within(chain.scan.body, counts, ends)))
+        latent = {name: value for name, value in latent.items() if name not in counts}
     carry, output, sites = _run_step(chain, inputs, state, latent)
     new_state, _ = _split(chain.structure, carry)
     return [new.astype(old.dtype) for new, old in zip(new_state, state, strict=True)], output, sites
@@ -333,7 +356,8 @@ def log_density(chain: Chain, sites: Sites, names: Iterable[str]) -> jax.Array:
     """
     plates, scale = chain.structure.plates, chain.structure.scale
     # The scale of a minibatch is one of the bound, not of the densities of a series.
-    densities = [per_series(with_gradient_scale(chain, name, log_prob(sites[name])), plates) / scale for name in names]
+    own = {name: without_mass(sites[name], log_prob(sites[name])) for name in names}
+    densities = [per_series(with_gradient_scale(chain, name, own[name]), plates) / scale for name in names]
     return sum(densities[1:], start=densities[0]) if densities else jnp.zeros([plate.size for plate in plates])
 
 

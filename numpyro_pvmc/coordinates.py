@@ -25,7 +25,7 @@ from numpyro_pvmc.moments import Moments, dense
 from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, log_densities, run
 from numpyro_pvmc.proposal import check_guide
-from numpyro_pvmc.structure import Latent, Structure, per_series
+from numpyro_pvmc.structure import Latent, Structure, per_series, refuse_unlisted
 
 
 class Block(NamedTuple):
@@ -75,14 +75,8 @@ def coordinates_of_model(chain: Chain) -> Coordinates:
     :param chain: the chain of the model.
     :raises ValueError: if a site is discrete.
     """
-    constraints = supports(chain)
-    for name, support in constraints.items():
-        if support.is_discrete:
-            raise ValueError(
-                f"Latent site '{name}' is discrete, and no Gaussian proposes its values; they are not finitely many, or not "
-                "known beforehand, so they cannot be summed either. Sample the site in a guide of your own."
-            )
-    of_sites = {name: dist.biject_to(support) for name, support in constraints.items()}
+    refuse_unlisted(chain.structure.sites.values())
+    of_sites = {name: dist.biject_to(support) for name, support in supports(chain).items()}
     return _coordinates(chain.structure, of_sites)
 
 

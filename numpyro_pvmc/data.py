@@ -11,8 +11,10 @@ from jax import random
 from numpyro.distributions import constraints
 
 from numpyro_pvmc.chain import at_all_steps, begin, presence, read_chain, read_structure, step, unmasked
+from numpyro_pvmc.counts import reads_numbers
+from numpyro_pvmc.frozen import Held
 from numpyro_pvmc.laws import base_support
-from numpyro_pvmc.program import Arguments, log_prob, mask_of, signature
+from numpyro_pvmc.program import Arguments, is_traced, log_prob, mask_of, signature
 from numpyro_pvmc.structure import Structure, per_series
 
 _DRAWS = 3  # of the latent sites, to tell what reads them
@@ -27,6 +29,7 @@ class DataCheck:
     def __init__(self, model: Callable):
         self.model = model
         self._known: dict[Any, tuple[Structure, dict[str, Any]]] = {}
+        self._by_value: dict[Any, tuple[str, ...]] = {}
 
     def __call__(
         self, arguments: Arguments, params: dict[str, Any], structure: Structure | None = None
@@ -45,6 +48,21 @@ class DataCheck:
         structure, params = self._known[known_for]
         check_data(structure, self.model, arguments, params)
         return structure, is_new
+
+    def held(self, arguments: Arguments) -> Arguments:
+        """Arguments of which the arrays whose numbers bound a count are held by value.
+
+        What is compiled, or known, for such arguments is so for these numbers.
+
+        :param arguments: what the program is called with.
+        """
+        known_for = signature(arguments)
+        if known_for not in self._by_value:
+            if is_traced(arguments):
+                return arguments
+            reads = reads_numbers(self.model, arguments)
+            self._by_value[known_for] = read_structure(self.model, arguments, {}).by_value if reads else ()
+        return Held(arguments, self._by_value[known_for]) if self._by_value[known_for] else arguments
 
     def explain_nan(self, results: jax.Array, arguments: Arguments) -> None:
         """Find out why a result is NaN, if one is.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_pvmc.chain import Chain, after_scan, begin, log_density, sites_of_step, step, with_gradient_scale
+from numpyro_pvmc.counts import bounds_of_counts
 from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.pairs import read_pair
 from numpyro_pvmc.parts import at_all_steps
@@ -47,10 +48,12 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
     number = particles.number
     log_begin, first_state = jax.vmap(lambda x_0: begin(chain, x_0), out_axes=(-1, 0), axis_size=number)(particles.initial)
 
-    def node(inputs, state, latent):
-        now = step(chain, inputs, state, latent)
+    def node(inputs_and_ends, state, latent):
+        inputs, ends = inputs_and_ends
+        now = step(chain, inputs, state, latent, ends)
         return now.node, now.state, now.output
 
+    inputs = chain.inputs, _ends_of_counts(chain)
     nodes = jax.vmap(node, in_axes=(None, 0, 0), out_axes=(-1, 0, 0))
     if structure.holding:
         # A held state is that of an earlier step, so states come one after the other.
@@ -59,10 +62,10 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
             log_density, state, output = nodes(inputs, state, latent)
             return state, (log_density, state, output)
 
-        _, (log_node, states, outputs) = lax.scan(advance, first_state, (chain.inputs, particles.steps))
+        _, (log_node, states, outputs) = lax.scan(advance, first_state, (inputs, particles.steps))
     else:
         at_step = lambda inputs_and_latent: nodes(inputs_and_latent[0], first_state, inputs_and_latent[1])
-        log_node, states, outputs = at_all_steps(at_step, (chain.inputs, particles.steps))
+        log_node, states, outputs = at_all_steps(at_step, (inputs, particles.steps))
     log_p = jnp.concatenate([log_begin[None], log_node])
     if structure.later_factors:
         log_p = log_p + jax.vmap(lambda x_0, y: after_scan(chain, x_0, y), in_axes=(0, 1), out_axes=-1, axis_size=number)(
@@ -71,6 +74,15 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
 
     before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
     return log_p, _edges(chain, number, (chain.inputs, before, particles.steps), put_together)
+
+
+def _ends_of_counts(chain):
+    """Limits by time of counts whose supports read the state: of what no state can reach a density means nothing."""
+    counts = [name for name, site in chain.structure.latents.items() if site.moves and name in chain.structure.edge_factors]
+    if not counts:
+        return {}
+    found = bounds_of_counts(chain.structure, chain.model, chain.arguments, chain.values)
+    return {name: (found[name].lower, found[name].upper) for name in counts}
 
 
 def _edges(chain, number, inputs, put_together):

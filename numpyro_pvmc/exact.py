@@ -20,7 +20,7 @@ from numpyro_pvmc.potentials import propose
 from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.smoothing import marginals
-from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.structure import Structure, refuse_unlisted
 
 
 @functools.partial(
@@ -155,6 +155,7 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
         )
     finite = structure.summing(structure.finite)
     if finite.sites:
+        refuse_unlisted(finite.sites.values(), "and an exact posterior has no guide that samples it")
         check_linear_gaussian(structure, model, arguments, params)
     if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)

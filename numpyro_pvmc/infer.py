@@ -16,6 +16,7 @@ from numpyro_pvmc import requests
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.combined import automatic_guide
 from numpyro_pvmc.data import DataCheck
+from numpyro_pvmc.frozen import Held
 from numpyro_pvmc.minibatch import check_indices
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
 from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, warm_up, warming_power
@@ -141,7 +142,7 @@ class PVMC(SVI):
                 return state  # constraints that may be of these very data
             self._known[known_for] = structure, constrain_fn
         self.constrain_fn = constrain_fn
-        return self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
+        return self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
 
     def update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
@@ -154,18 +155,18 @@ class PVMC(SVI):
         :return: the new state, and the loss at the old one.
         """
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, Arguments(args, kwargs), stable=False)
+        return self._compiled_update(svi_state, self._passed(args, kwargs), stable=False)
 
     def stable_update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> tuple[SVIState, jax.Array]:
         """Like :meth:`update`, but keep the old state if the loss or the new state is not finite."""
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, Arguments(args, kwargs), stable=True)
+        return self._compiled_update(svi_state, self._passed(args, kwargs), stable=True)
 
     def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """The loss that :meth:`update` would report at a state, with the same arguments."""
-        return self._compiled_evaluate(svi_state, Arguments(args, kwargs))
+        return self._compiled_evaluate(svi_state, self._passed(args, kwargs))
 
     def run(
         self,
@@ -206,7 +207,7 @@ class PVMC(SVI):
         requests.check_steps(num_steps)
         requests.refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
-        arguments, own = Arguments(args, kwargs), self._arguments(args, kwargs)
+        arguments, own = self._passed(args, kwargs), self._arguments(args, kwargs)
         phases, frozen, rounds = [(None, num_steps)], (), None
         if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
             if self._is_refitted:
@@ -324,7 +325,10 @@ class PVMC(SVI):
             run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
 
     def _arguments(self, args, kwargs):
-        return Arguments(args, kwargs | self.static_kwargs)
+        return self._look_at_data.held(Arguments(args, kwargs | self.static_kwargs))
+
+    def _passed(self, args, kwargs):
+        return Held(Arguments(args, kwargs), getattr(self._arguments(args, kwargs), "held", ()))
 
     def _sets_up_by_shapes(self, structure):
         return getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites
@@ -333,7 +337,7 @@ class PVMC(SVI):
         """Let NumPyro look at program, guide and data."""
         if self._sets_up_by_shapes(structure):
             self._is_refitted = bool(check_guide(structure, self.guide, arguments, init_params or {}).refitted_by)
-            state = self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
+            state = self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
             self.constrain_fn = self._constrain_fn_of_init
             if not is_traced(self.constrain_fn.args):
                 return state

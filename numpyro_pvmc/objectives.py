@@ -11,6 +11,7 @@ from jax import lax
 from numpyro.infer import ELBO
 
 from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.frozen import Held
 from numpyro_pvmc.minibatch import draw_indices
 from numpyro_pvmc.potentials import GRADIENTS, Lattice, propose
 from numpyro_pvmc.program import Arguments
@@ -162,6 +163,7 @@ class ImportanceSmoothedELBO(ELBO):
             power, resting = self.warming
             params = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), params)
         structure = read_structure(model, arguments, params)
+        arguments = Held(arguments, structure.by_value)
         params = params | draw_indices(structure, model, arguments, params, rng_key)
         lattice = propose(
             rng_key,

@@ -25,7 +25,7 @@ from numpyro_pvmc.laws import base_law, is_bounded
 from numpyro_pvmc.program import Arguments, Scan, is_latent, log_densities, log_prob, run, run_body
 from numpyro_pvmc.semiring import logsumexp
 from numpyro_pvmc.states import number_of_states
-from numpyro_pvmc.structure import Latent, Structure, per_series
+from numpyro_pvmc.structure import Latent, Structure, per_series, refuse_unlisted
 from numpyro_pvmc.survey import first, length_of
 
 
@@ -141,7 +141,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     others = {name: site for name, site in sites.items() if name not in (*expected, *structure.free)}
     unknown = [name for name, site in others.items() if not site["infer"].get("is_auxiliary")]
     joint = [name for name, site in others.items() if site["infer"].get("is_auxiliary")]
-    _check_discrete(structure, missing)
+    refuse_unlisted(structure.sites[name] for name in missing if name in structure.sites)
     if missing:
         raise ValueError(
             f"The guide does not sample {missing}. It must sample every latent site of the model: {sorted(expected)}; the "
@@ -249,17 +249,7 @@ def refuse_discrete(structure: Structure, model: Callable, guide: Callable) -> N
             f"`{own}(numpyro.handlers.block(model, hide={names}))`. What the guide leaves out is summed over all its values; "
             "missing observations are imputed."
         )
-    _check_discrete(structure, structure.sites)
-
-
-def _check_discrete(structure, missing):
-    for name in missing:
-        if name in structure.sites and not jnp.issubdtype(structure.sites[name].dtype, jnp.inexact):
-            raise ValueError(
-                f"Latent site '{name}' is discrete, and the guide does not sample it; its values are not finitely many, or are "
-                "not known beforehand, so it cannot be summed over them. Sample it in the guide, as with "
-                "`numpyro.sample(name, dist.Poisson(rate))` whose rate, a parameter, has a leading time axis."
-            )
+    refuse_unlisted(structure.sites.values())
 
 
 def _may_be_bounded(fn):

@@ -43,6 +43,7 @@ def joint_values(structure: Structure, at_steps: bool) -> dict[str, np.ndarray]:
     :return: ``{site: (S, *batch, *event)}``, the same for all series; the last value is repeated where there are fewer.
     """
     sites = structure.step_states if at_steps else structure.initial_states
+    number_of_states(structure)  # or there are too many to list
     supports = [support for site in sites for support in [site.support] * site.elements(structure.plates)]
     rows = np.array(list(itertools.product(*supports)), int).reshape(_number(sites, structure), len(supports))
     rows = np.pad(rows, ((0, number_of_states(structure) - len(rows)), (0, 0)), mode="edge")

@@ -3,7 +3,7 @@ series and by time out.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,16 +25,23 @@ class Plate(NamedTuple):
 class Latent(NamedTuple):
     """One draw of a latent site: its shapes left and right of the border between batch and event axes.
 
-    `support` are the values of one of its elements, if it is discrete and they are finitely many. `is_bounded` says that its
-    law does not have all real numbers.
+    `is_bounded` says that its distribution does not have all real numbers. `support` are the values of one of its elements, if
+    it is discrete and they are finitely many: if it `moves`, those that it can have at any step, not all at each. Counts above
+    `max_count`, declared for each element or for all, are left out; `is_cut` says that there are such. `unlisted` is why a
+    discrete site has no `support`.
     """
 
     name: str
     batch_shape: tuple[int, ...]
     event_shape: tuple[int, ...]
     dtype: Any
-    support: tuple[int, ...] | None = None
+    support: Sequence[int] | None = None
     is_bounded: bool = False
+    is_discrete: bool = False
+    moves: bool = False
+    max_count: int | tuple[int, ...] | None = None
+    is_cut: bool = False
+    unlisted: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,7 +64,8 @@ class Structure(NamedTuple):
     those that have particles, `initial_sites` and `step_sites`, and those that are summed over all their values,
     `initial_states` and `step_states`. `free_sites` are latent sites that nothing else reads: they have no density here, and
     are drawn from their own laws. `subsampled` are the plates that draw a minibatch. `carry_dtypes` are the types of the leaves
-    of the carry.
+    of the carry. `by_value` are the arguments of the program whose numbers bound a count, by their places: with other numbers
+    the structure is another.
     """
 
     scan_index: int
@@ -79,6 +87,7 @@ class Structure(NamedTuple):
     subsampled: tuple[str, ...] = ()
     initial_states: tuple[Latent, ...] = ()
     step_states: tuple[Latent, ...] = ()
+    by_value: tuple[str, ...] = ()
 
     @property
     def initial(self) -> dict[str, Latent]:
@@ -122,6 +131,11 @@ class Structure(NamedTuple):
         return self.step_sites + self.step_states
 
     @property
+    def latents(self) -> dict[str, Latent]:
+        """All latent sites of the chain, by name."""
+        return {site.name: site for site in (*self.initial_latents, *self.step_latents)}
+
+    @property
     def scale(self) -> float:
         """How many series each one stands for, in a minibatch."""
         return math.prod(plate.total / plate.size for plate in self.plates)
@@ -144,6 +158,23 @@ class Structure(NamedTuple):
         return self._replace(
             initial_sites=initial_sites, initial_states=initial_states, step_sites=step_sites, step_states=step_states
         )
+
+
+def refuse_unlisted(sites: Iterable[Latent], why: str = "and the guide does not sample it") -> None:
+    """Refuse discrete sites whose values are not known, where they would have to be summed.
+
+    :param sites: latent sites.
+    :param why: why they would.
+    :raises ValueError: naming the first one, and what its support reads.
+    """
+    for site in sites:
+        if site.is_discrete and site.support is None:
+            raise ValueError(
+                f"Latent site '{site.name}' is discrete, {why}; it cannot be summed over its values, which are not finitely "
+                f"many, or not known to be: its support {site.unlisted}. Declare the largest count that matters, with "
+                f"`numpyro.sample('{site.name}', ..., infer={{'max_count': n}})`, or sample the site in a guide, as with "
+                "`numpyro.sample(name, dist.Poisson(rate))` whose rate, a parameter, has a leading time axis."
+            )
 
 
 def per_series(log_density: jax.Array, plates: tuple[Plate, ...]) -> jax.Array:

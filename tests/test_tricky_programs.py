@@ -44,7 +44,7 @@ def programs():
             yield pytest.param(kind, seed, marks=[] if seed in QUICK[kind] else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("kind", "seed"), programs())
+@pytest.mark.parametrize(("kind", "seed"), [*programs()])
 def test_no_wrong_number(x64, counted, kind, seed):
     program = KINDS[kind](seed)
     found = outcome(program)
