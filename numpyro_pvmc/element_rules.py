@@ -111,11 +111,14 @@ def _of_elements(name, book, params, aval, values):
     number = book.numbers_of(name, str(sorted(params.items())), aval, values)
     result = Value(shape, aval.dtype, number=number)
     if all(value.known is not None for value in values) and name in COMPUTED and aval.size <= LARGE:
+        sure = np.logical_and.reduce([wide(value.sure) for value in values])
         with np.errstate(all="ignore"):
             how = {"y": params["y"]} if name == "integer_pow" else {}
-            known = COMPUTED[name](*(value.known for value in values), **how)
-        sure = np.logical_and.reduce([wide(value.sure) for value in values])
-        result = result._replace(known=wide(known).astype(aval.dtype), sure=sure)
+            known = wide(COMPUTED[name](*(value.known for value in values), **how))
+            if np.issubdtype(known.dtype, np.inexact) and not np.issubdtype(aval.dtype, np.inexact):
+                sure = sure & np.isfinite(known)  # what becomes of others depends on the machine
+            known = known.astype(aval.dtype)
+        result = result._replace(known=known, sure=sure)
     reads = [None if value.reads is None else wide(value.reads) for value in values]
     for one, other in ((0, 1), (1, 0)) if len(values) == 2 else ():
         given = values[one]
