@@ -16,11 +16,11 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import lax
 
+from numpyro_pvmc.axes import tidy, untidy
 from numpyro_pvmc.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step
 from numpyro_pvmc.dependence import follows_slope, influence
 from numpyro_pvmc.kalman import Matrices, block_diagonal
 from numpyro_pvmc.laws import WRAPPERS
-from numpyro_pvmc.posterior import tidy, untidy
 from numpyro_pvmc.program import Arguments, Site
 from numpyro_pvmc.structure import Latent, Structure
 
