@@ -116,9 +116,14 @@ def _collapse(found, site):
 
 
 def _advice(refine, temper):
-    remedies = [] if refine else ["a guide that is trained for longer", "rounds of refitting (`refine=15`)"]
-    remedies += [] if temper < 1 else [f"tempered rounds (`{'' if refine else 'refine=15, '}temper=0.05`)"]
-    return f"What may help: {', '.join(remedies)}."
+    if not refine:
+        return (
+            "Train the guide for longer, refit it (`refine=15`, with `temper=0.05` where transitions have little noise), or take "
+            "more particles."
+        )
+    rounds = "more rounds" if temper < 1 else "more rounds, tempered (`temper=0.05`)"
+    mode = "`AutoSmoothedNormal(model, covariance='full', init='laplace')`"
+    return f"Take {rounds}, more particles, or a guide that starts at the mode ({mode})."
 
 
 def _impossible(found):

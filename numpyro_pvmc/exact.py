@@ -15,6 +15,7 @@ from numpyro.handlers import condition
 from numpyro_pvmc.chain import read_chain, read_structure
 from numpyro_pvmc.data import check_data, check_distributions
 from numpyro_pvmc.diagnostics import check_posterior, health
+from numpyro_pvmc.explanation import refuse_nan
 from numpyro_pvmc.faults import at_point, first_place, series
 from numpyro_pvmc.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.linear import by_site, check_linear_gaussian, covariances_by_site, matrices, native
@@ -189,6 +190,7 @@ def _check_numbers(posterior):
     structure, log_z = posterior.structure, np.asarray(posterior.log_normalizer)
     if np.isfinite(log_z).all():
         return
+    refuse_nan("the parameter", posterior.params)
     check_distributions(structure, posterior.model, posterior.arguments, posterior.params)
     index = first_place(~np.isfinite(log_z))
     times = [
@@ -199,9 +201,9 @@ def _check_numbers(posterior):
     unknown = ~np.isfinite(np.concatenate(times, -1)).all(-1)
     place = f" {at_point(int(unknown.argmax()) + 1)}" if unknown.any() else ""
     raise ValueError(
-        f"The log evidence is {log_z[index]}{series(index, structure)}: the Kalman filter meets a number that {log_z.dtype} does "
-        f"not hold{place}, though the distributions of all sites are sound. Observations without noise that contradict each "
-        "other, or scales that are many orders of magnitude apart, do that. Rescale the data, or give the emission some noise."
+        f"The log evidence is {log_z[index]}{series(index, structure)}: the Kalman filter meets a number that {log_z.dtype} "
+        f"does not hold{place}, though the distributions of all sites are sound. Observations without noise that contradict "
+        "each other do that, and numbers that are many orders of magnitude apart. Rescale the data, or give the emission noise."
     )
 
 

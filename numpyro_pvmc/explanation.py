@@ -56,8 +56,8 @@ def explain(posterior: Weighted) -> None:
         its role, the first time and the series.
     """
     structure = posterior.structure
-    _refuse_nan("the parameter", posterior.params)
-    _refuse_nan("the guide's draw of the global site", posterior.globals)
+    refuse_nan("the parameter", posterior.params)
+    refuse_nan("the guide's draw of the global site", posterior.globals)
     _refuse_particles(posterior)
     of_chain, outside = jax.tree.map(np.asarray, _look(structure, posterior.model, posterior.arguments, *_values(posterior)))
     faults = {name: Fault(where, found, last) for name, (where, found, last) in of_chain.items() if where.any()}
@@ -89,7 +89,13 @@ def _error(what, place, why, advice):
     return ValueError(f"The posterior is not a number, because {what}{place}{why}. {advice}")
 
 
-def _refuse_nan(kind, values):
+def refuse_nan(kind: str, values: dict[str, Any]) -> None:
+    """Refuse values that are NaN, of which a posterior has been made that is.
+
+    :param kind: what they are.
+    :param values: values by name, not traced.
+    :raises ValueError: naming the first that is NaN.
+    """
     for name, value in values.items():
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(value)]
         if any(np.issubdtype(leaf.dtype, np.inexact) and np.isnan(leaf).any() for leaf in leaves):

@@ -1,6 +1,7 @@
 """Find what of a site's distribution makes its log density no number, and put it into words."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,16 +84,14 @@ def reason(found: Flaws | None) -> tuple[str, str]:
     return "", f"Look for NaN, or a scale that is not positive, in what its distribution reads: {where}."
 
 
-def series(index: tuple[Any, ...], structure: Structure) -> str:
+def series(index: Sequence[int], structure: Structure) -> str:
     """Say which series is meant, if there are several.
 
     :param index: its place along each plate around the chain.
     :param structure: the structure of the chain.
     """
-    return "".join(
-        f", {'series' if not i else 'and'} {number} of plate '{plate.name}'"
-        for i, (number, plate) in enumerate(zip(index, structure.plates, strict=True))
-    )
+    places = [f"{number} of plate '{plate.name}'" for number, plate in zip(index, structure.plates, strict=True)]
+    return f" in series {' and '.join(places)}" if places else ""
 
 
 def at_point(number: int) -> str:

@@ -236,7 +236,8 @@ def _law(site: Site, structure: Structure, leading: int = 0) -> Law:
         fn = fn.base_dist
     # The last axis of a root is that of independent noise.
     if isinstance(fn, dist.Normal):
-        root = jnp.broadcast_to(fn.scale, shape)[..., None]
+        # A covariance would not see the sign of a scale that is none.
+        root = jnp.broadcast_to(jnp.where(fn.scale < 0, jnp.nan, fn.scale), shape)[..., None]
     elif isinstance(fn, dist.MultivariateNormal):
         root = jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
     elif isinstance(fn, dist.LowRankMultivariateNormal):
