@@ -118,8 +118,8 @@ def _collapse(found, site):
 def _advice(refine, temper):
     if not refine:
         return (
-            "Train the guide for longer, refit it (`refine=15`, with `temper=0.05` where transitions have little noise), or take "
-            "more particles."
+            "Train the guide for longer, refit it (`refine=15`, with `temper=0.05` where transitions have little noise), or "
+            "take more particles."
         )
     rounds = "more rounds" if temper < 1 else "more rounds, tempered (`temper=0.05`)"
     mode = "`AutoSmoothedNormal(model, covariance='full', init='laplace')`"

@@ -16,10 +16,13 @@ from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import Predictive
 
+from conftest import few_particles
 from models import BY_NAME
 from numpyro_pvmc import PVMC
 from oracles import LinearGaussian, forecast, rts_smoother
 from test_against_enumeration import enumerate_program
+
+pytestmark = few_particles
 
 SHAPES = {"autoregression_4": (), "vector": (2,), "matrix": (3, 2, 2)}  # plates and event of a site
 by_shape = pytest.mark.parametrize("name", ["autoregression_4", pytest.param("vector", marks=pytest.mark.slow), "matrix"])
