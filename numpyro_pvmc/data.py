@@ -12,6 +12,7 @@ from numpyro.distributions import constraints
 
 from numpyro_pvmc.chain import at_all_steps, begin, presence, read_chain, read_structure, step, unmasked
 from numpyro_pvmc.counts import reads_numbers
+from numpyro_pvmc.faults import Flaws, any_of, first_place, flaws, reason, series
 from numpyro_pvmc.frozen import Held
 from numpyro_pvmc.laws import base_support
 from numpyro_pvmc.program import Arguments, is_traced, log_prob, mask_of, signature
@@ -73,7 +74,7 @@ class DataCheck:
         """
         structure, params = self._known.get(signature(arguments), (None, None))
         if structure is not None and np.isnan(results).any():
-            _check_densities(_draw(structure, self.model, arguments, params))
+            check_distributions(structure, self.model, arguments, params)
 
 
 def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
@@ -94,9 +95,21 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
     for name, site in seen.outside.items():
         _check_site(name, site, "index {}")
     if drawn is not None:
-        _check_densities(drawn)
+        _check_densities(drawn, structure)
     if seen.masks is not None:
         _check_masks(structure, seen.masks)
+
+
+def check_distributions(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
+    """Refuse a chain of whose sites one has no distribution, whatever the states.
+
+    :param structure: the structure of the program's chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with, not traced.
+    :param values: values of parameters; those not given take their initial values.
+    :raises ValueError: naming the site, the first time, the series, and what is wrong with the distribution.
+    """
+    _check_densities(_draw(structure, model, arguments, values), structure)
 
 
 def _has_nan(arguments):
@@ -120,13 +133,18 @@ def _check_site(name, site, place, support_moves=False):
         )
 
 
-def _check_densities(drawn):
-    for name, is_nan in drawn.not_numbers.items():
+def _check_densities(drawn, structure):
+    initial = {site.name for site in structure.initial_latents} | set(structure.initial_factors)
+    for name, (is_nan, found) in drawn.not_numbers.items():
         if is_nan.any():
+            place, index = "at the initial step", first_place(is_nan)
+            if name not in initial:
+                time, *index = index
+                place, found = f"first at time {time} of the scan", jax.tree.map(lambda x, t=time: x[t], found)
+            why, advice = reason(found)
             raise ValueError(
-                f"The log density of site '{name}' is not a number, first at time {np.argwhere(is_nan)[0][0]} of the scan, "
-                "whatever the state. Look for NaN, or a scale that is not positive, in what its law reads: the inputs of the "
-                "scan, other arguments of the model, initial values of parameters."
+                f"The log density of site '{name}' is not a number, {place}{series(index, structure)}, whatever the "
+                f"state{why}. {advice}"
             )
 
 
@@ -147,10 +165,12 @@ class _Seen(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """What several draws of the latent sites say: which supports they move, and where log densities are never numbers."""
+    """What several draws of the latent sites say: which supports they move; where log densities are never numbers, by time and
+    series, and what is wrong with parameters.
+    """
 
     supports_move: dict[str, jax.Array]
-    not_numbers: dict[str, jax.Array]
+    not_numbers: dict[str, tuple[jax.Array, Flaws]]
 
 
 class _Masks(NamedTuple):
@@ -227,14 +247,23 @@ def _look_at_draws(structure, model, arguments, values):
 
     def at_step(sites):
         supports = {name: [jnp.asarray(x) for x in jax.tree.leaves(_support(site))] for name, site in _observed(sites).items()}
-        return supports, {name: log_prob(sites[name]) for name in (*structure.node_factors, *structure.edge_factors)}
+        names = (*structure.node_factors, *structure.edge_factors)
+        return supports, {name: (log_prob(sites[name]), flaws(sites[name])) for name in names}
 
     supports, densities = jax.vmap(lambda seed: at_all_steps(_drawn(chain, seed), at_step))(jnp.arange(_DRAWS))
-    any_of = lambda found: functools.reduce(jnp.logical_or, found, jnp.asarray(False))
-    moves = {name: any_of([(x != x[0]).any() for x in leaves]) for name, leaves in supports.items()}
-    # One drawn from its own law has a density.
-    nowhere = lambda name, draws: ~jnp.isfinite(draws).any(0) & ((name in latent) | ~(draws < jnp.inf).all(0))
-    return _Drawn(moves, {name: nowhere(name, draws) for name, draws in densities.items()})
+    any_of_leaves = lambda found: functools.reduce(jnp.logical_or, found, jnp.asarray(False))
+    moves = {name: any_of_leaves([(x != x[0]).any() for x in leaves]) for name, leaves in supports.items()}
+
+    def not_numbers(name, draws):
+        # One drawn from its own distribution has a density.
+        nowhere = ~jnp.isfinite(draws).any(0) & ((name in latent) | ~(draws < jnp.inf).all(0))
+        return jax.vmap(lambda row: per_series(row.astype(jnp.int32), structure.plates) > 0)(nowhere)
+
+    found = {name: (not_numbers(name, draws), any_of(wrong)) for name, (draws, wrong) in densities.items()}
+    for name in (*(site.name for site in structure.initial_latents), *structure.initial_factors):
+        site = chain.outside[name]
+        found[name] = per_series(jnp.isnan(log_prob(site)).astype(jnp.int32), structure.plates) > 0, flaws(site)
+    return _Drawn(moves, found)
 
 
 def _observed(sites):

@@ -44,7 +44,7 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
         :mod:`numpyro_pvmc.states`.
     """
     structure = chain.structure
-    particles = _with_states(structure, particles)
+    particles = with_states(structure, particles)
     number = particles.number
     log_begin, first_state = jax.vmap(lambda x_0: begin(chain, x_0), out_axes=(-1, 0), axis_size=number)(particles.initial)
 
@@ -158,8 +158,12 @@ def _read_apart(chain, inputs, before, latent):
     return apart
 
 
-def _with_states(structure, particles):
-    """Each particle with all joint values of the sites that are summed."""
+def with_states(structure: Structure, particles: Particles) -> Particles:
+    """Each particle with all joint values of the sites that are summed.
+
+    :param structure: the structure of the chain.
+    :param particles: particles without these sites.
+    """
     number, particle = number_of_states(structure), particles.number
     if not structure.states:
         return particles

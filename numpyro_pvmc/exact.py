@@ -8,14 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import random
 from numpyro.handlers import condition
 
 from numpyro_pvmc.chain import read_chain, read_structure
-from numpyro_pvmc.data import check_data
+from numpyro_pvmc.data import check_data, check_distributions
+from numpyro_pvmc.diagnostics import check_posterior, health
+from numpyro_pvmc.explanation import refuse_nan
+from numpyro_pvmc.faults import at_point, first_place, series
 from numpyro_pvmc.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.linear import by_site, check_linear_gaussian, covariances_by_site, matrices, native
-from numpyro_pvmc.posterior import SmoothedPosterior, derived, smoothed_posterior
+from numpyro_pvmc.posterior import SmoothedPosterior, derived, given, smoothed_posterior, summary
 from numpyro_pvmc.potentials import propose
 from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, is_traced
@@ -39,7 +43,7 @@ from numpyro_pvmc.structure import Structure, refuse_unlisted
     ),
     meta_fields=("kind", "structure", "model"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ExactPosterior:
     """The exact posterior of a chain given its data, parameters and global sites.
 
@@ -64,24 +68,30 @@ class ExactPosterior:
     covariances: dict[str, jax.Array]
     filtering_means: dict[str, jax.Array]
     filtering_covariances: dict[str, jax.Array]
-    backward: Any = dataclasses.field(repr=False)
+    backward: Any
     globals: dict[str, jax.Array]
     present: jax.Array | None
-    arguments: Arguments = dataclasses.field(repr=False)
-    params: dict[str, Any] = dataclasses.field(repr=False)
+    arguments: Arguments
+    params: dict[str, Any]
     kind: str
-    structure: Structure = dataclasses.field(repr=False)
-    model: Callable = dataclasses.field(repr=False)
+    structure: Structure
+    model: Callable
+
+    def __repr__(self):
+        is_one = not is_traced(self) and self.log_normalizer.ndim == len(self.structure.plates)  # not several, under `jax.vmap`
+        evidence = f"\n  log evidence {np.asarray(self.log_normalizer).sum():.6g}" if is_one else ""
+        evidence += " in all" if evidence and self.log_normalizer.ndim else ""
+        return f"{summary('ExactPosterior', self.structure)}, {self.kind}{evidence}{given(self.globals, 'the values')}"
 
     def mean(self) -> dict[str, jax.Array]:
-        """Posterior means.
+        """Posterior means, given the values of the global sites in `globals`.
 
         :return: ``{site: (T, *plates, *event)}``.
         """
         return self.means
 
     def variance(self) -> dict[str, jax.Array]:
-        """Posterior variances.
+        """Posterior variances, given the values of the global sites in `globals`.
 
         :return: ``{site: (T, *plates, *event)}``.
         """
@@ -126,7 +136,8 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
     :return: the posterior of a linear-Gaussian chain as :class:`ExactPosterior`; that of a finite one as
         :class:`numpyro_pvmc.SmoothedPosterior`, without particles: its `log_normalizer` and `state_probabilities` are exact.
     :raises ValueError: naming a site by which the chain is neither, or a global site without a value; if the program has no
-        chain that can be read, or its data contain NaN.
+        chain that can be read, its data contain NaN, or the posterior does: the message names a site, the time and the series.
+    :warns UserWarning: if no trajectory of a finite chain is possible; not while compiling.
 
     **Example**
 
@@ -160,7 +171,9 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
     if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)
     if not finite.sites:
-        return _sum(finite, model, arguments, params)
+        posterior, found = _sum(finite, model, arguments, params)
+        check_posterior(posterior, found)
+        return posterior
     posterior, partly = _condition(structure, model, arguments, params)
     for name, is_partly_masked in partly.items():
         if not is_traced(is_partly_masked) and is_partly_masked:
@@ -168,7 +181,31 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
                 f"Latent site '{name}' is masked while other elements of the same point of its series are not: an element "
                 "without a law has no posterior. Put all latent sites of the step under one mask, which leaves out whole steps."
             )
+    if not is_traced(posterior):
+        _check_numbers(posterior)
     return posterior
+
+
+def _check_numbers(posterior):
+    """Refuse a posterior that is not a number, by name."""
+    structure, log_z = posterior.structure, np.asarray(posterior.log_normalizer)
+    if np.isfinite(log_z).all():
+        return
+    refuse_nan("the parameter", posterior.params)
+    check_distributions(structure, posterior.model, posterior.arguments, posterior.params)
+    index = first_place(~np.isfinite(log_z))
+    times = [
+        np.asarray(mean)[:, *index].reshape(structure.length, -1)
+        for name, mean in posterior.filtering_means.items()
+        if name in structure.step
+    ]
+    unknown = ~np.isfinite(np.concatenate(times, -1)).all(-1)
+    place = f" {at_point(int(unknown.argmax()) + 1)}" if unknown.any() else ""
+    raise ValueError(
+        f"The log evidence is {log_z[index]}{series(index, structure)}: the Kalman filter meets a number that {log_z.dtype} "
+        f"does not hold{place}, though the distributions of all sites are sound. Observations without noise that contradict "
+        "each other do that, and numbers that are many orders of magnitude apart. Rescale the data, or give the emission noise."
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -207,7 +244,8 @@ def _sum(structure, model, arguments, params):
     model = condition(model, {name: params[name] for name in structure.global_sites})
     structure = structure._replace(global_sites=(), global_factors=(*structure.global_factors, *structure.global_sites))
     lattice = propose(random.key(0), structure, model, lambda *args, **kwargs: None, arguments, params, 1)
-    return smoothed_posterior(lattice, marginals(lattice.node, lattice.edges, lattice.mask))
+    posterior = smoothed_posterior(lattice, marginals(lattice.node, lattice.edges, lattice.mask))
+    return posterior, health(posterior)
 
 
 def _variances(means, covariances):

@@ -16,6 +16,7 @@ from numpyro_pvmc import requests
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.combined import automatic_guide
 from numpyro_pvmc.data import DataCheck
+from numpyro_pvmc.diagnostics import check_posterior, health
 from numpyro_pvmc.frozen import Held
 from numpyro_pvmc.minibatch import check_indices
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
@@ -23,7 +24,7 @@ from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, 
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model, run, signature
 from numpyro_pvmc.proposal import check_guide, refuse_discrete
-from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
+from numpyro_pvmc.smoother import check_samples, sample, smooth
 from numpyro_pvmc.structure import Structure
 
 
@@ -268,15 +269,15 @@ class PVMC(SVI):
             than 1, such as 0.02, helps where the noise of transitions is small against the width of the guide.
         :param kwargs: keyword arguments of the model and the guide.
         :return: weighted particles; global sites are drawn once.
-        :raises ValueError: if `refine` is negative, `temper` is not above 0 and at most 1, the guide is not Gaussian, or the
-            data contain NaN.
+        :raises ValueError: if `refine` is negative, `temper` is not above 0 and at most 1, the guide is not Gaussian, the data
+            contain NaN, or the posterior does: the message names the site, the time and the series.
+        :warns UserWarning: if it rests on few particles at some times, or no trajectory is possible; not while compiling.
         """
         requests.check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
-        posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
-        if refine and not is_traced(posterior):
-            warn_of_collapse(posterior)
+        posterior, found = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
+        check_posterior(posterior, found, refine, temper)
         return posterior
 
     def sample_posterior(
@@ -308,10 +309,10 @@ class PVMC(SVI):
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
         choices = {"sample_shape": tuple(sample_shape), "refine": refine, "resample": resample}
-        samples, number = self._compiled_sample(rng_key, params, arguments, temper, **choices)
-        if resample and not is_traced(number):
-            warn_of_few_draws(number, sample_shape)
-        return samples
+        drawn = self._compiled_sample(rng_key, params, arguments, temper, **choices)
+        again = lambda key, indices: self._compiled_posterior(key, params | indices, arguments, temper, refine=refine)[0]
+        check_samples(drawn, again, refine, temper, resample)
+        return drawn.samples
 
     def _look_first(self, rng_key, arguments, params):
         """Look at what is given, unless something is being compiled."""
@@ -387,7 +388,9 @@ class PVMC(SVI):
         return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
 
     def _posterior(self, rng_key, params, arguments, temper, refine):
-        return smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
+        loss = self._lattice_loss()
+        posterior = smooth(rng_key, self.model, self.guide, arguments, params, loss, refine, temper)
+        return posterior, health(posterior)
 
     def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
         parts = self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper, sample_shape, resample

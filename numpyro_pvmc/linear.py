@@ -16,11 +16,11 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import lax
 
+from numpyro_pvmc.axes import tidy, untidy
 from numpyro_pvmc.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step
 from numpyro_pvmc.dependence import changes_by_steps, follows_slope, influence
 from numpyro_pvmc.kalman import Matrices, block_diagonal
 from numpyro_pvmc.laws import WRAPPERS
-from numpyro_pvmc.posterior import tidy, untidy
 from numpyro_pvmc.program import Arguments, Site
 from numpyro_pvmc.structure import Latent, Structure
 
@@ -237,7 +237,8 @@ def _law(site: Site, structure: Structure, leading: int = 0) -> Law:
         fn = fn.base_dist
     # The last axis of a root is that of independent noise.
     if isinstance(fn, dist.Normal):
-        root = jnp.broadcast_to(fn.scale, shape)[..., None]
+        # A covariance would not see the sign of a scale that is none.
+        root = jnp.broadcast_to(jnp.where(fn.scale < 0, jnp.nan, fn.scale), shape)[..., None]
     elif isinstance(fn, dist.MultivariateNormal):
         root = jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
     elif isinstance(fn, dist.LowRankMultivariateNormal):

@@ -4,20 +4,30 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
 
+from numpyro_pvmc import export
+from numpyro_pvmc.axes import tidy, untidy
 from numpyro_pvmc.chain import read_chain
 from numpyro_pvmc.densities import Particles, target
+from numpyro_pvmc.diagnostics import check_drawable
 from numpyro_pvmc.potentials import Lattice, align
-from numpyro_pvmc.program import Arguments, run
+from numpyro_pvmc.program import Arguments, is_traced, run
 from numpyro_pvmc.smoothing import Marginals, sample_backward
 from numpyro_pvmc.states import joint_values, number_of_states, of_particles, probabilities
-from numpyro_pvmc.structure import Latent, Structure
+from numpyro_pvmc.structure import Structure
+
+
+class Source(Protocol):
+    """What a posterior was made with: it makes others, given other draws of the global sites."""
+
+    def sample(self, rng_key: jax.Array, posterior: "SmoothedPosterior", sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Draw trajectories, and global sites afresh for each, from parameters and data of a posterior."""
 
 
 @functools.partial(
@@ -35,16 +45,18 @@ from numpyro_pvmc.structure import Latent, Structure
         "log_filtering",
         "arguments",
         "params",
+        "temper",
     ),
-    meta_fields=("structure", "model"),
+    meta_fields=("structure", "model", "source"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class SmoothedPosterior:
     """The posterior of a chain given its data, as weighted particles at each time.
 
     T is the number of steps of the scan, K that of particles; `plates` are those around the chain, and nothing else is a
     batch axis. Sites before the scan, such as ``x_0``, have no T axis. Discrete sites that are summed have no particles, but
-    probabilities, which are exact for a chain that has no other sites.
+    probabilities, which are exact for a chain that has no other sites. A series of evidence 0, without any possible trajectory,
+    has NaN for means, variances, quantiles, probabilities and draws.
 
     :param log_normalizer: log of an unbiased estimate of the evidence of each series, shape ``(*plates)``, given `globals`.
     :param particles: ``{site: (T, K, *plates, *event)}``.
@@ -71,11 +83,24 @@ class SmoothedPosterior:
     state_probabilities: dict[str, jax.Array]
     filtering_state_probabilities: dict[str, jax.Array]
     present: jax.Array | None
-    log_filtering: jax.Array = dataclasses.field(repr=False)
-    arguments: Arguments = dataclasses.field(repr=False)
-    params: dict[str, Any] = dataclasses.field(repr=False)
-    structure: Structure = dataclasses.field(repr=False)
-    model: Callable = dataclasses.field(repr=False)
+    log_filtering: jax.Array
+    arguments: Arguments
+    params: dict[str, Any]
+    temper: float | jax.Array
+    structure: Structure
+    model: Callable
+    source: Source | None
+
+    def __repr__(self):
+        numbers = ""
+        if not is_traced(self) and self.log_normalizer.ndim == len(self.structure.plates):  # not several, under `jax.vmap`
+            sizes = {name: np.asarray(size) for name, size in self.effective_sample_size().items()}
+            least = min(sizes, key=lambda name: np.nanmin(sizes[name], initial=np.inf), default=None)
+            numbers = f"\n  log evidence {np.asarray(self.log_normalizer).sum():.6g}"
+            numbers += " in all" if self.log_normalizer.ndim else ""
+            numbers += f", least effective sample size {np.nanmin(sizes[least]):.3g} (site '{least}')" if sizes else ""
+        particles = f", K = {self.num_particles} particles" if self.structure.sites else ", states summed"
+        return f"{summary('SmoothedPosterior', self.structure)}{particles}{numbers}{given(self.globals)}"
 
     @property
     def num_particles(self) -> int:
@@ -83,21 +108,21 @@ class SmoothedPosterior:
         return self.log_filtering.shape[-1] // number_of_states(self.structure)
 
     def mean(self) -> dict[str, jax.Array]:
-        """Posterior means.
+        """Posterior means, given the one draw of the global sites in `globals`.
 
         :return: ``{site: (T, *plates, *event)}``.
         """
         return self._map(lambda x, w: (w * x).sum(0))
 
     def variance(self) -> dict[str, jax.Array]:
-        """Posterior variances.
+        """Posterior variances, given the one draw of the global sites in `globals`: their own spread is not in it.
 
         :return: ``{site: (T, *plates, *event)}``.
         """
         return self._map(lambda x, w: (w * (x - (w * x).sum(0)) ** 2).sum(0))
 
     def quantile(self, q: float | jax.Array) -> dict[str, jax.Array]:
-        """Posterior quantiles, by interpolation of the weighted particles.
+        """Posterior quantiles given the one draw of the global sites in `globals`, by interpolation of the weighted particles.
 
         :param q: one probability or several.
         :return: ``{site: (T, *plates, *event)}``, with the shape of `q` in front.
@@ -134,32 +159,38 @@ class SmoothedPosterior:
         return sizes
 
     def sample(self, rng_key: jax.Array, sample_shape: tuple[int, ...] = ()) -> dict[str, jax.Array]:
-        """Draw joint trajectories through the particles, backwards in time.
+        """Draw joint trajectories through the particles, backwards in time, given the global sites in `globals`.
 
         :param rng_key: random key.
         :param sample_shape: how many to draw.
         :return: ``{site: (*sample_shape, T, ...)}`` in the shapes that the model gives its sites, with the global sites and
             the deterministic sites of the model; what :class:`numpyro.infer.Predictive` takes.
+        :raises ValueError: if the posterior is not a number; or a series of it has evidence 0, where real-valued sites are NaN,
+            and a site has integer values.
         """
+        check_drawable(self)
         return _sample(self, rng_key, tuple(sample_shape))
 
     def to_arviz(self, rng_key: jax.Array | None = None, num_samples: int = 1000, time: Any = None) -> Any:
         """Convert to ArviZ data: joint trajectories as draws, with coordinates for time and plates.
 
-        The group ``smoothing`` has what belongs to no draw: effective sample sizes, smoothed means and standard deviations,
-        and the log normalizer.
+        The draws are those of :meth:`numpyro_pvmc.PVMC.sample_posterior`: global sites, if there are any, are drawn afresh for
+        each, and each has particles of its own, which takes as long as so many posteriors. The group ``smoothing`` has what
+        belongs to no draw: effective sample sizes, smoothed means and standard deviations, and the log normalizer; all given
+        the one draw of the global sites in `globals`.
 
         :param rng_key: random key of the draws; the key of seed 0 by default.
         :param num_samples: number of draws.
         :param time: coordinate of the T steps, such as dates; 0 to T - 1 by default.
         :return: an `arviz.InferenceData`, or from ArviZ 1 an `xarray.DataTree`.
-        :raises ValueError: if `time` has not T elements.
+        :raises ValueError: if `time` has not T elements, or as :meth:`sample`.
         """
         rng_key = random.key(0) if rng_key is None else rng_key
         time = np.arange(self.structure.length) if time is None else np.asarray(time)
         if time.shape != (self.structure.length,):
             raise ValueError(f"`time` must have shape {(self.structure.length,)}, but it has shape {time.shape}.")
-        samples = self.sample(rng_key, (num_samples,))
+        afresh = self.globals and self.source is not None
+        samples = self.source.sample(rng_key, self, (num_samples,)) if afresh else self.sample(rng_key, (num_samples,))
         observed = _observed(self, jax.tree.map(lambda x: x[0], samples))
         size = self.effective_sample_size()
         summary = {"log_normalizer": self.log_normalizer}
@@ -167,23 +198,48 @@ class SmoothedPosterior:
         summary |= {f"{name}_sd": jnp.sqrt(x) for name, x in self.variance().items()}
         summary |= {f"{name}_effective_sample_size": x for name, x in size.items()}
         summary |= {f"{name}_probability": x for name, x in self.state_probabilities.items()}
-        return _arviz(self.structure, time, samples, observed, summary)
+        return export.to_arviz(self.structure, time, samples, observed, summary)
 
     def _map(self, function):
         """`function` of particles and weights, with the particles' axis first, at each time."""
-        result = {}
+        result, is_possible = {}, self.log_normalizer > -jnp.inf
         for name, x in self.particles.items():
-            weights = jnp.exp(self.log_weights[name])
+            weights = jnp.where(is_possible, jnp.exp(self.log_weights[name]), jnp.nan)
             weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
             result[name] = (jax.vmap(function) if name in self.structure.step else function)(x, weights)
         return result
 
 
-def smoothed_posterior(lattice: Lattice, weighed: Marginals) -> SmoothedPosterior:
+def summary(kind: str, structure: Structure) -> str:
+    """The first line of what is shown of a posterior.
+
+    :param kind: what it is.
+    :param structure: the structure of its chain.
+    """
+    sites = ", ".join(f"'{site.name}'" for site in (*structure.initial_latents, *structure.step_latents))
+    plates = "".join(f", {plate.size} series of plate '{plate.name}'" for plate in structure.plates)
+    return f"{kind} of {sites}: T = {structure.length} steps{plates}"
+
+
+def given(values: dict[str, jax.Array], what: str = "one draw") -> str:
+    """What is shown of the global sites of a posterior.
+
+    :param values: their values.
+    :param what: what these are.
+    """
+    names = ", ".join(f"'{name}'" for name in sorted(values))
+    return f"\n  given {what} of the global sites {names}" if values else ""
+
+
+def smoothed_posterior(
+    lattice: Lattice, weighed: Marginals, source: Source | None = None, temper: float | jax.Array = 1.0
+) -> SmoothedPosterior:
     """Weigh the particles of a lattice.
 
     :param lattice: particles and potentials.
     :param weighed: the marginals of its potentials.
+    :param source: what the posterior was made with.
+    :param temper: the power of transition densities in the first round of refitting.
     :return: the posterior.
     """
     chain, structure = lattice.chain, lattice.chain.structure
@@ -202,15 +258,23 @@ def smoothed_posterior(lattice: Lattice, weighed: Marginals) -> SmoothedPosterio
         log_filtering_weights=by_site(weighed.log_filtering_weights),
         globals=lattice.globals,
         log_weight_globals=lattice.log_weight_globals,
-        state_probabilities=probabilities(structure, weighed.log_weights),
-        filtering_state_probabilities=probabilities(structure, weighed.log_filtering_weights),
+        state_probabilities=_probabilities(structure, weighed.log_weights),
+        filtering_state_probabilities=_probabilities(structure, weighed.log_filtering_weights),
         present=None if lattice.mask is None else lattice.mask[1:],
         log_filtering=weighed.log_filtering_weights,
         arguments=chain.arguments,
         params={name: x for name, x in chain.values.items() if name not in lattice.globals},
+        temper=temper,
         structure=structure,
         model=chain.model,
+        source=source,
     )
+
+
+def _probabilities(structure, log_weights):
+    # Where no state is possible all weights are zero, and of these there are no probabilities.
+    is_possible = ~jnp.isneginf(log_weights).all(-1, keepdims=True)
+    return probabilities(structure, jnp.where(is_possible, log_weights, jnp.nan)) if structure.states else {}
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -225,7 +289,7 @@ def _sample(posterior, rng_key, sample_shape):
     mask = None if mask is None else jnp.concatenate([jnp.ones_like(mask[:1]), mask])
     key_paths, key_free = random.split(rng_key)
     numbers = sample_backward(key_paths, posterior.log_filtering, edges, mask, (math.prod(sample_shape),))
-    states = number_of_states(structure)
+    states, is_possible = number_of_states(structure), posterior.log_normalizer > -jnp.inf
 
     def trajectory(numbers, rng_key):
         sites = {}
@@ -235,6 +299,9 @@ def _sample(posterior, rng_key, sample_shape):
             index = jnp.expand_dims(of_site, k_axis)
             index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
             picked = jnp.take_along_axis(x, index, k_axis).squeeze(k_axis)
+            if jnp.issubdtype(picked.dtype, jnp.inexact):
+                event = picked.ndim - k_axis - is_possible.ndim
+                picked = jnp.where(is_possible.reshape(*is_possible.shape, *(1,) * event), picked, jnp.nan)
             sites[name] = untidy(picked, structure.sites[name], structure)
         sites |= _values_of_states(structure, numbers % states) | posterior.globals
         values = posterior.params | sites
@@ -282,79 +349,3 @@ def _observed(posterior, sites):
         for name, site in found.items()
         if site["type"] == "sample" and site["is_observed"] and jnp.size(site["value"])
     }
-
-
-def _axes(latent: Latent, structure: Structure):
-    """Axes of a site: those of plates, then other batch axes of more than one element, then those of the event."""
-    border = len(latent.batch_shape)
-    plates = [border + plate.dim for plate in structure.plates]
-    others = [axis for axis in range(border) if axis not in plates and latent.batch_shape[axis] != 1]
-    return plates + others + list(range(border, len(latent.shape)))
-
-
-def tidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
-    """Move plates to the front of a site's axes, and drop batch axes of one element that are no plate.
-
-    :param x: an array whose trailing axes are those that the model gives the site.
-    :param latent: a site of the chain.
-    :param structure: the structure of the chain.
-    :return: an array of shape ``(..., *plates, *event)``; batch axes that are no plate count as event axes.
-    """
-    axes, leading = _axes(latent, structure), x.ndim - len(latent.shape)
-    singletons = [leading + axis for axis in range(len(latent.shape)) if axis not in axes]
-    order = [*range(leading), *(leading + axis for axis in axes), *singletons]
-    return x.transpose(order).reshape(x.shape[:leading] + tuple(latent.shape[axis] for axis in axes))
-
-
-def untidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
-    """Undo :func:`tidy`.
-
-    :param x: an array of shape ``(..., *plates, *event)``.
-    :param latent: a site of the chain.
-    :param structure: the structure of the chain.
-    :return: an array whose trailing axes are those that the model gives the site.
-    """
-    axes = _axes(latent, structure)
-    leading = x.ndim - len(axes)
-    order = [*range(leading), *(leading + int(position) for position in np.argsort(axes))]
-    return x.transpose(order).reshape(x.shape[:leading] + latent.shape)
-
-
-def _arviz(structure, time, samples, observed, summary):
-    import arviz
-
-    plates = [plate.name for plate in structure.plates]
-    sizes = tuple(plate.size for plate in structure.plates)
-    coords = {"time": time} | {plate.name: np.arange(plate.size) for plate in structure.plates}
-
-    def named(arrays, without_time):
-        dims = {}
-        for name, x in arrays.items():
-            along = ["time"] if x.shape[:1] == (structure.length,) and name not in without_time else []
-            along += plates if plates and x.shape[len(along) : len(along) + len(plates)] == sizes else []
-            dims[name] = along + [f"{name}_dim_{i}" for i in range(x.ndim - len(along))]
-        return dims
-
-    samples, observed, summary = ({n: np.asarray(x) for n, x in part.items()} for part in (samples, observed, summary))
-    draws = {name: x[None] for name, x in samples.items()}
-    initial = tuple(site.name for site in structure.initial_latents)
-    outside = (*initial, *structure.global_sites, *structure.initial_factors, *structure.global_factors)
-    dims = named({name: x[0] for name, x in samples.items()}, outside) | named(observed, outside)
-    kinds = ("mean", "sd", "effective_sample_size", "probability")
-    summaries = ("log_normalizer", *(f"{site.name}_{of}" for site in structure.initial_latents for of in kinds))
-    dataset = _dataset(summary, named(summary, summaries), coords)
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        data = arviz.from_dict({"posterior": draws, "observed_data": observed}, dims=dims, coords=coords)
-        data["smoothing"] = dataset
-        return data
-    data = arviz.from_dict(posterior=draws, observed_data=observed, dims=dims, coords=coords)
-    data.add_groups({"smoothing": dataset}, warn_on_custom_groups=False)
-    return data
-
-
-def _dataset(arrays, dims, coords):
-    import xarray
-
-    used = {dim for names in dims.values() for dim in names}
-    variables = {name: (dims[name], x) for name, x in arrays.items()}
-    return xarray.Dataset(variables, {name: x for name, x in coords.items() if name in used})

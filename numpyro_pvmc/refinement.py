@@ -18,7 +18,7 @@ from numpyro_pvmc.moments import refit, widening
 from numpyro_pvmc.potentials import Lattice, weigh
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.proposal import Form, proposal_log_densities
-from numpyro_pvmc.smoothing import Edges, marginals
+from numpyro_pvmc.smoothing import Edges, log_normalizer, marginals
 from numpyro_pvmc.states import of_particles
 
 
@@ -94,6 +94,32 @@ def propose_gaussian(
     of_globals = {name: chain.values[name] for name in structure.global_sites}
     zero = jnp.zeros([plate.size for plate in structure.plates], node.dtype)
     return Lattice(chain, drawn, node, edges, mask, zero, of_globals, global_log_density(chain) - log_q_globals, {})
+
+
+def better(
+    rng_key: jax.Array, chain: Chain, coordinates: Coordinates, first: Proposal, second: Proposal, num_particles: int
+) -> Proposal:
+    """Of two proposals the one whose estimate of the evidence is higher, series by series.
+
+    :param rng_key: random key.
+    :param chain: the chain of the model.
+    :param coordinates: coordinates of its sites.
+    :param first: Gaussians in these coordinates; they stay where the second are no better.
+    :param second: others, of the same kind.
+    :param num_particles: K, the number of particles at each time step.
+    """
+
+    def evidence(proposal):
+        lattice = propose_gaussian(rng_key, chain, coordinates, proposal, num_particles)
+        return log_normalizer(lattice.node, lattice.edges, lattice.mask)
+
+    log_first, log_second = evidence(first), evidence(second)
+    is_better = (log_second > log_first) | (jnp.isnan(log_first) & ~jnp.isnan(log_second))
+
+    def choose(one, other):
+        return jnp.where(is_better.reshape(1, *is_better.shape, *(1,) * (one.ndim - 1 - is_better.ndim)), other, one)
+
+    return jax.tree.map(choose, first, second)
 
 
 def sample_proposal(coordinates: Coordinates, proposal: Proposal, infer: dict[str, Any] | None = None) -> dict[str, jax.Array]:

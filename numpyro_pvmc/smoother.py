@@ -1,9 +1,10 @@
 """A program, a guide, parameters and data in; the smoothed posterior out."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,56 @@ from jax import lax, random
 
 from numpyro_pvmc.chain import read_chain, read_structure
 from numpyro_pvmc.coordinates import coordinates_of_model, read_proposal
+from numpyro_pvmc.diagnostics import Health, health, refuse_integers, warn
 from numpyro_pvmc.drawing import draw, sites_to_draw
+from numpyro_pvmc.explanation import explain
 from numpyro_pvmc.minibatch import draw_indices, take_series
 from numpyro_pvmc.moments import diagonal, effective_size
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.potentials import propose
-from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.refinement import Proposal, propose_gaussian
 from numpyro_pvmc.refinement import refine as refine_proposal
 from numpyro_pvmc.smoothing import marginals
+
+
+class Source:
+    """The guide and the choices that a posterior was made with.
+
+    Two are equal if they have the same objects, which need not be hashable.
+
+    :param guide: a NumPyro program.
+    :param loss: an objective.
+    :param refine: number of rounds in which the guide's Gaussians were refitted.
+    """
+
+    def __init__(self, guide: Callable, loss: ImportanceSmoothedELBO, refine: int):
+        self.guide, self.loss, self.refine = guide, loss, refine
+
+    def __eq__(self, other):
+        return isinstance(other, Source) and self._identity() == other._identity()
+
+    def __hash__(self):
+        return hash(self._identity())
+
+    def _identity(self):
+        return id(self.guide), id(self.loss), self.refine
+
+    def sample(self, rng_key: jax.Array, posterior: SmoothedPosterior, sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Draw trajectories, and global sites afresh for each; see :meth:`numpyro_pvmc.PVMC.sample_posterior`.
+
+        :param rng_key: random key.
+        :param posterior: a posterior that was made with this.
+        :param sample_shape: how many to draw.
+        :return: ``{site: (*sample_shape, ...)}``.
+        :raises ValueError: if a density is not a number, or a series is impossible whose sites are integers.
+        """
+        given = self, posterior.model, posterior.arguments, posterior.params, posterior.temper
+        drawn = _sample(rng_key, *given, sample_shape=tuple(sample_shape))
+        check_samples(drawn, lambda key, indices: _smooth(key, *given, indices), self.refine, posterior.temper, stacklevel=4)
+        return drawn.samples
 
 
 def smooth(
@@ -59,7 +99,7 @@ def smooth(
     else:
         lattice = propose(rng_key, structure, model, guide, arguments, params, loss.num_particles, particles=loss.particles)
     weighed = marginals(lattice.node, lattice.edges, lattice.mask, loss.method)
-    return smoothed_posterior(lattice, weighed)
+    return smoothed_posterior(lattice, weighed, Source(guide, loss, refine), temper)
 
 
 def _refined(rng_key, structure, model, guide, arguments, params, form, loss, refine, temper):
@@ -83,6 +123,21 @@ def _refined(rng_key, structure, model, guide, arguments, params, form, loss, re
     return propose_gaussian(key_last, chain, coordinates, proposal, loss.num_particles, loss.particles, log_q_globals)
 
 
+class Sampled(NamedTuple):
+    """Draws, and what tells whether they can be believed; with an axis for the posteriors that they were drawn from.
+
+    `number` is the effective number of draws of global sites. `chosen` are the posteriors that are left after resampling; a
+    posterior can be made again with its `key`, and the `indices` of minibatches.
+    """
+
+    samples: dict[str, jax.Array]
+    number: jax.Array
+    chosen: jax.Array
+    health: Health
+    key: jax.Array
+    indices: dict[str, jax.Array]
+
+
 def sample(
     rng_key: jax.Array,
     model: Callable,
@@ -94,35 +149,48 @@ def sample(
     temper: float | jax.Array = 1.0,
     sample_shape: tuple[int, ...] = (),
     resample: bool = False,
-) -> tuple[dict[str, jax.Array], jax.Array]:
+) -> Sampled:
     """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
 
     The arguments are those of :func:`smooth`.
 
     :param sample_shape: how many to draw.
     :param resample: whether to resample the draws by the importance weights of their global sites.
-    :return: ``{site: (*sample_shape, ...)}``, and the effective number of draws of global sites.
+    :return: ``{site: (*sample_shape, ...)}``, and what tells whether they can be believed.
     """
     structure = read_structure(model, arguments, params)
-    params = params | draw_indices(structure, model, arguments, params, rng_key)  # one for all draws
+    indices = draw_indices(structure, model, arguments, params, rng_key)  # one for all draws
+    params = params | indices
 
     def one(rng_key, sample_shape=()):
         posterior_key, sample_key = random.split(rng_key)
         posterior = smooth(posterior_key, model, guide, arguments, params, loss, refine, temper)
         log_weight = structure.scale * posterior.log_normalizer.sum() + posterior.log_weight_globals
-        return posterior.sample(sample_key, sample_shape), log_weight
+        return posterior.sample(sample_key, sample_shape), log_weight, health(posterior), posterior_key
 
     number = math.prod(sample_shape)
     if not structure.global_sites:
-        return one(rng_key, sample_shape)[0], jnp.asarray(float(number))
+        samples, _, *of_posterior = one(rng_key, sample_shape)
+        of_posterior = jax.tree.map(lambda x: x[None], of_posterior)
+        return Sampled(samples, jnp.asarray(float(number)), jnp.arange(1), *of_posterior, indices)
     key_draws, key_resampling = random.split(rng_key)
-    samples, log_weights = lax.map(one, random.split(key_draws, number))
-    weights = jax.nn.softmax(log_weights)
+    samples, log_weights, *of_posteriors = lax.map(one, random.split(key_draws, number))
+    weights, chosen = jax.nn.softmax(log_weights), jnp.arange(number)
     if resample:
         chosen = _systematic(key_resampling, weights)
         samples = {name: x[chosen] for name, x in samples.items()}
     samples = {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
-    return samples, effective_size(weights)
+    return Sampled(samples, effective_size(weights), chosen, *of_posteriors, indices)
+
+
+@functools.partial(jax.jit, static_argnames=("source", "model", "sample_shape"))
+def _sample(rng_key, source, model, arguments, params, temper, sample_shape):
+    return sample(rng_key, model, source.guide, arguments, params, source.loss, source.refine, temper, sample_shape)
+
+
+@functools.partial(jax.jit, static_argnames=("source", "model"))
+def _smooth(rng_key, source, model, arguments, params, temper, indices):
+    return smooth(rng_key, model, source.guide, arguments, params | indices, source.loss, source.refine, temper)
 
 
 def _systematic(rng_key, weights):
@@ -134,38 +202,37 @@ def _systematic(rng_key, weights):
     return random.permutation(key_order, jnp.minimum(chosen, number - 1))
 
 
-def warn_of_few_draws(number: float, sample_shape: tuple[int, ...]) -> None:
-    """Say so if resampled global sites are hardly different draws.
+def check_samples(
+    drawn: Sampled,
+    again: Callable[[jax.Array, dict[str, jax.Array]], SmoothedPosterior],
+    refine: int,
+    temper: float | jax.Array,
+    resampled: bool = False,
+    stacklevel: int = 3,
+) -> None:
+    """Refuse draws that are no numbers, and say so if they should not be believed.
 
-    :param number: their effective number.
-    :param sample_shape: how many were drawn.
+    :param drawn: draws. Nothing is looked at while they are traced.
+    :param again: makes the posterior of a key and of indices of minibatches again.
+    :param refine: for how many rounds proposals were refitted.
+    :param temper: the power of transition densities in the first of them.
+    :param resampled: whether global sites were resampled.
+    :param stacklevel: how many functions away the caller is who should read a warning.
+    :raises ValueError: naming what is not a number; or sites of integers that cannot be drawn.
     """
-    if number < 0.1 * math.prod(sample_shape):
+    if is_traced(drawn):
+        return
+    found, chosen = jax.tree.map(np.asarray, drawn.health), np.unique(drawn.chosen)
+    if found.unknown.any():
+        explain(again(drawn.key[found.unknown.argmax()], drawn.indices))
+    found = jax.tree.map(lambda x: x[chosen], found)
+    refuse_integers(found)
+    warn(found, refine, temper, stacklevel + 1)
+    number = math.prod(np.shape(drawn.chosen))
+    if resampled and drawn.number < 0.1 * number:
         warnings.warn(
-            f"Of {math.prod(sample_shape)} draws of the global sites {float(number):.1f} are effective after resampling: their "
-            "guide is far from their posterior, or the estimates of the evidence vary much between draws. Train longer, take a "
-            "guide with correlations (`AutoMultivariateNormal`), more particles or more `refine`, or leave `resample=False`.",
-            stacklevel=3,
-        )
-
-
-def warn_of_collapse(posterior: SmoothedPosterior) -> None:
-    """Say so if a posterior rests on hardly any particles at some times.
-
-    :param posterior: a posterior after refinement, not traced.
-    """
-    sizes = {name: np.asarray(size) for name, size in posterior.effective_sample_size().items()}
-    number = posterior.num_particles
-    least = max(0.05 * number, 1.5) if number > 2 else 0.0
-    worst = max(sizes, key=lambda name: (sizes[name] < least).mean())
-    low = sizes[worst] < least
-    if low.any():
-        where = f"first at time {np.argwhere(low)[0][0]}" if worst in posterior.structure.step else "at the beginning"
-        warnings.warn(
-            f"After refinement the effective sample size of site '{worst}' is below {least:.1f} of {number} in "
-            f"{100 * low.mean():.0f}% of its steps and series, {where} (least {np.nanmin(sizes[worst]):.1f}): do not trust "
-            "these. More rounds (`refine`), more particles, tempered rounds (`temper=0.02`) or a start at the mode "
-            "(`AutoSmoothedNormal(model, covariance='full', init='laplace')`) may help; transitions with very little noise "
-            "need many particles.",
-            stacklevel=3,
+            f"Of {number} draws of the global sites {float(drawn.number):.1f} are effective after resampling: their guide is "
+            "far from their posterior, or the estimates of the evidence vary much between draws. Train longer, take a guide "
+            "with correlations (`AutoMultivariateNormal`), more particles or more `refine`, or leave `resample=False`.",
+            stacklevel=stacklevel,
         )

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_pvmc.axes import tidy
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, refitted_state
-from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior, tidy
+from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.semiring import logsumexp

@@ -21,6 +21,8 @@ DOUBLE, SINGLE = 1e-10, 1e-4
 in_both_precisions = pytest.mark.parametrize(
     "tolerance", [DOUBLE, pytest.param(SINGLE, marks=pytest.mark.slow)], ids=["float64", "float32"]
 )
+# Of tests that take few particles, or guides that were never trained, on purpose.
+few_particles = pytest.mark.filterwarnings("ignore:The effective sample size of site:UserWarning")
 PRECISION = pytest.StashKey[bool]()
 MAPS = Path("/proc/self/maps")
 OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"

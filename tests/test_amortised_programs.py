@@ -17,6 +17,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from autoregressions import SMALL, A, Q, R, initialised, model, simulate, trained
+from conftest import few_particles
 from models import BY_NAME
 from numpyro_pvmc import PVMC, AutoAmortisedNormal, ImportanceSmoothedELBO
 from numpyro_pvmc.chain import read_chain, read_structure
@@ -24,6 +25,8 @@ from numpyro_pvmc.coordinates import read_proposal
 from numpyro_pvmc.networks import Convolutions, Recurrent
 from numpyro_pvmc.observed import observations
 from numpyro_pvmc.program import Arguments
+
+pytestmark = few_particles
 
 
 def values_of(program, *args):

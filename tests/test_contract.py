@@ -20,7 +20,7 @@ from numpyro.infer.svi import SVIRunResult
 from numpyro.infer.util import log_density
 
 from brute_force import enumerate_posterior
-from conftest import DOUBLE, SINGLE, initial_params
+from conftest import DOUBLE, SINGLE, few_particles, initial_params
 from contract import ENTRIES, FIELDS
 from contract.table import page
 from numpyro_pvmc import PVMC
@@ -289,6 +289,8 @@ def answered(entry):
 def cell(entry, question):
     tolerance = DOUBLE if question in ("posterior", "evidence") else SINGLE
     marks = [] if entry.name in QUICK.get(question, ()) else [pytest.mark.slow]
+    if question != "evidence":  # the others are of a few updates, or three particles
+        marks.append(few_particles)
     if question in entry.defects:
         marks.append(pytest.mark.xfail(strict=True, reason=entry.defects[question]))
     return pytest.param(entry, question, tolerance, id=f"{entry.name}-{question}", marks=marks)

@@ -9,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from conftest import few_particles
 from linear_gaussian import guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
 from numpyro_pvmc.smoothing import log_normalizer, marginals
+
+pytestmark = few_particles
 
 STEPS, SERIES, PARTICLES = 40, 4, 16
 

@@ -13,10 +13,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoNormal
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.phases import calls, growth
 from numpyro_pvmc.program import Arguments, parameters_of_the_model
 from oracles import kalman_filter
+
+pytestmark = few_particles
 
 Q, R = 1.0, 0.5
 

@@ -15,8 +15,11 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO
 from scipy import stats
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, markov
 from oracles import LinearGaussian, enumerate_chain, kalman_filter
+
+pytestmark = few_particles
 
 A, Q, R = 0.9, 0.3, 0.5
 Y = np.array([0.4, -0.2, 0.9, 1.3])

@@ -14,7 +14,10 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, AutoStateSpace, ImportanceSmoothedELBO
+
+pytestmark = few_particles
 
 LENGTH, SERIES = 5, 6
 Y = np.random.default_rng(0).normal(size=(LENGTH, SERIES)).cumsum(0)

@@ -13,7 +13,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from scipy import stats
 
-from conftest import initial_params
+from conftest import few_particles, initial_params
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.chain import presence, read_chain, read_structure
 from numpyro_pvmc.densities import Particles
@@ -22,6 +22,8 @@ from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.proposal import check_guide, proposal_log_densities
 from numpyro_pvmc.smoothing import marginals
 from oracles import log_gaussian
+
+pytestmark = few_particles
 
 SLOPE, NOISE, SPREAD = 0.8, 0.4, 0.6
 

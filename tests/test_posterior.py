@@ -16,10 +16,13 @@ from numpyro.contrib.control_flow import scan
 from numpyro.contrib.module import nnx_module
 from numpyro.infer import Predictive
 
+from conftest import few_particles
 from models import BY_NAME
 from numpyro_pvmc import PVMC
 from oracles import LinearGaussian, forecast, rts_smoother
 from test_against_enumeration import enumerate_program
+
+pytestmark = few_particles
 
 SHAPES = {"autoregression_4": (), "vector": (2,), "matrix": (3, 2, 2)}  # plates and event of a site
 by_shape = pytest.mark.parametrize("name", ["autoregression_4", pytest.param("vector", marks=pytest.mark.slow), "matrix"])
@@ -306,3 +309,42 @@ def test_mutable_state_of_the_model_survives():
     assert moved.log_normalizer < own.log_normalizer - 10
     samples = pvmc.sample_posterior(jax.random.key(3), params, y, u, False, sample_shape=(3,))
     assert samples["x"].shape == (3, 30)
+
+
+def test_arviz_draws_global_sites_afresh():
+    """The draws are those of `sample_posterior`; the summaries are given the one draw of the posterior."""
+    program, posterior = BY_NAME["global_sites"], smoothed("global_sites")
+    data = posterior.to_arviz(jax.random.key(5), num_samples=6)
+    pvmc = PVMC(program.model, program.guide, num_particles=8, particles="iid")
+    samples = pvmc.sample_posterior(jax.random.key(5), {}, *program.args, sample_shape=(6,))
+    for site in ("slope", "scale", "x_0", "x"):
+        assert_allclose(data["posterior"][site][0], samples[site], rtol=1e-5)
+    assert (arviz.summary(data, ["slope", "scale"], kind="stats")["sd"] > 0).all()
+    assert_array_equal(data["smoothing"]["x_mean"], posterior.mean()["x"])
+    assert "given one draw of the global sites 'scale', 'slope'" in repr(posterior)
+
+
+def test_a_posterior_is_shown_in_a_few_lines():
+    shown = repr(smoothed("matrix"))
+    assert shown.startswith("SmoothedPosterior of 'x_0', 'x': T = 3 steps, 3 series of plate 'series', K = 8 particles\n")
+    least = min(float(size.min()) for size in smoothed("matrix").effective_sample_size().values())
+    assert f"log evidence {float(smoothed('matrix').log_normalizer.sum()):.6g} in all" in shown
+    assert f"least effective sample size {least:.3g}" in shown
+    assert len(shown) < 300
+    seen = []
+    jax.eval_shape(lambda posterior: seen.append(repr(posterior)), smoothed("matrix"))
+    assert seen[0].endswith("K = 8 particles")
+
+
+def test_a_guide_that_cannot_be_hashed():
+    class Own:
+        __hash__ = None
+
+        def __call__(self, y):
+            guide(y)
+
+    pvmc, traces = PVMC(model, Own(), num_particles=2), []
+    again = jax.jit(lambda posterior: traces.append(1) or posterior.mean())
+    for seed in range(2):
+        again(pvmc.posterior(jax.random.key(seed), {"slope": A}, Y))
+    assert len(traces) == 1

@@ -11,10 +11,13 @@ from numpyro import plate
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions.util import lazy_property
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 from numpyro_pvmc.exact import exact_posterior
 from numpyro_pvmc.pairs import pair_form
 from numpyro_pvmc.precise import precise
+
+pytestmark = few_particles
 
 Y = jnp.linspace(-1.0, 1.0, 12).reshape(6, 2)
 

@@ -10,8 +10,11 @@ from jax import random
 from numpy.testing import assert_allclose
 from numpyro.contrib.control_flow import scan
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.quasirandom import from_uniform, noise_shape, uniform_points
+
+pytestmark = few_particles
 
 NORMAL = dist.Normal(jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 0.3, 2.0]))
 WITH_CDF = [

@@ -15,9 +15,11 @@ from numpyro.handlers import seed, substitute, trace
 from numpyro.infer.autoguide import AutoGuide
 
 from brute_force import enumerate_posterior
-from conftest import initial_params
+from conftest import few_particles, initial_params
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from random_programs import random_program
+
+pytestmark = few_particles
 
 PROGRAMS, QUICK = 300, 8
 DRAWS = 3000  # that backward draws by smoothing weights are wrong takes a thousand to see

@@ -12,8 +12,11 @@ from numpy.testing import assert_allclose
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
 from oracles import forward_backward
+
+pytestmark = few_particles
 
 Y = jnp.array([0.3, -0.5, 1.2, 0.4])
 PARAMS = {"loc": jnp.array([0.1, 0.1, 0.3, 0.5]), "log_scale": jnp.full(4, -0.3), "a": jnp.array(0.8)}

@@ -18,9 +18,11 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.ops.indexing import Vindex
 from scipy import stats
 
-from conftest import in_both_precisions, initial_params
+from conftest import few_particles, in_both_precisions, initial_params
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
 from oracles import forward_backward, log_gaussian
+
+pytestmark = few_particles
 
 INITIAL, MOVES = np.array([0.5, 0.3, 0.2]), np.array([[0.9, 0.1, 0.0], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4]])
 LEVELS = np.array([-1.0, 0.0, 2.0])

@@ -12,7 +12,10 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, markov
+
+pytestmark = few_particles
 
 Y = jnp.array([[0.3, 1.0], [-0.2, 0.5], [0.8, -0.9], [0.1, 0.4], [1.1, 0.0]])
 

@@ -15,11 +15,13 @@ from numpyro.infer import SVI
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
 
-from conftest import in_both_precisions, initial_params
+from conftest import few_particles, in_both_precisions, initial_params
 from models import BY_NAME
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
 from numpyro_pvmc.supervised import kernel_log_density, squared_error
 from test_against_enumeration import enumerate_program, presence
+
+pytestmark = few_particles
 
 NAN = np.nan
 

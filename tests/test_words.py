@@ -62,7 +62,7 @@ def test_improper_start():
         start = numpyro.sample("x_0", dist.ImproperUniform(dist.constraints.real, (), ()))
         scan(lambda x, y_t: (numpyro.sample("x", dist.Normal(x, 1.0)), None), start, y)
 
-    with pytest.raises(ValueError, match="'x_0' outside the scan has an `ImproperUniform`.*wide Normal"):
+    with pytest.raises(ValueError, match=r"'x_0' outside the scan has an `ImproperUniform`.*wide Normal"):
         PVMC(model).init(random.key(0), Y)
 
 
