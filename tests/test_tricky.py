@@ -40,8 +40,7 @@ def test_functions_read_their_own_row_or_others(x64, event):
     for name, function in own.items():
         assert not reads_other_rows(function, event, 0.0), name
     for name, function in (tricky_couplings.OTHERS | tricky_couplings.MIXES).items():
-        base = 0.0 if name not in tricky_couplings.FAR else -60.0 if "by sign" in name else 60.0
-        assert reads_other_rows(function, event, base), name
+        assert reads_other_rows(function, event, tricky_couplings.base_of(name)), name
 
 
 @pytest.mark.slow

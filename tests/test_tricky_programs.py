@@ -38,13 +38,12 @@ def counted():
     return {kind: Counter() for kind in KINDS}
 
 
-def programs():
-    for kind in KINDS:
-        for seed in range(NUMBER):
-            yield pytest.param(kind, seed, marks=[] if seed in QUICK[kind] else pytest.mark.slow)
+PROGRAMS = [
+    pytest.param(kind, seed, marks=[] if seed in QUICK[kind] else pytest.mark.slow) for kind in KINDS for seed in range(NUMBER)
+]
 
 
-@pytest.mark.parametrize(("kind", "seed"), [*programs()])
+@pytest.mark.parametrize(("kind", "seed"), PROGRAMS)
 def test_no_wrong_number(x64, counted, kind, seed):
     program = KINDS[kind](seed)
     found = outcome(program)

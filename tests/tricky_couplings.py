@@ -1,6 +1,5 @@
 """Write programs whose series, or times, read each other without a slope that tells so, and ones that only look like it."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -196,21 +195,20 @@ def random_coupling(seed: int) -> Tricky:
     return _after_the_scan(c, seed, is_right) if c.chance("after the scan", 0.25) else _of_series(c, seed, is_right)
 
 
-def _function(c, functions, far):
+def base_of(name):
+    """Around which number the states are, for a function to do what its name says."""
+    return 0.0 if name not in FAR else -60.0 if "by sign" in name else 60.0
+
+
+def _function(c, functions):
     function = c.pick("function", functions)
-    base = 0.0
-    if c.made[-1].removeprefix("function: ") in far:
-        base = -60.0 if "by sign" in c.made[-1] else 60.0
-        c.made.append(f"around {base:.0f}")
-    return function, base
+    return function, base_of(c.made[-1].removeprefix("function: "))
 
 
 def _of_series(c, seed, is_right):
     K, T, plates, event = c.pick("size", SIZES, (3, 2, 2))
-    functions = OWN | (OWN_EVENT if event and c.chance("over the event", 0.6) else {}) if is_right else OTHERS
-    if event and is_right and "over the event" in c.made:
-        functions = OWN_EVENT
-    function, base = _function(c, functions, FAR)
+    functions = OTHERS if not is_right else OWN_EVENT if event and c.chance("over the event", 0.6) else OWN
+    function, base = _function(c, functions)
     place = c.pick("read by the", PLACES, PLACE_WEIGHTS)
     starts = place in ("start", "observed start") or c.chance("starts from a site", 0.6)
     when = c.pick("at", ("all steps", "steps whose input says so", "later steps"), (4, 1, 1))
@@ -260,13 +258,11 @@ def _of_series(c, seed, is_right):
 def _after_the_scan(c, seed, is_right):
     K, T, plates, event = c.pick("size", AFTER, (3, 1, 2))
     over = "series" if plates and not is_right and c.chance("over series", 0.4) else "time"
-    by_row: Callable = c.pick("row by row", (True,)) if is_right and plates else False
-    function, base = _function(c, OWN if is_right else OTHERS if over == "series" else OTHERS | MIXES, FAR)
+    is_by_row = over == "series" or (is_right and bool(plates) and c.pick("rows", ("one by one", "together")) == "one by one")
+    function, base = _function(c, OWN if is_right else OTHERS if over == "series" else OTHERS | MIXES)
     with_start = c.chance("with the start in front", 0.4)
     starts = with_start or c.chance("starts from a site", 0.5)
-    if over == "series" or by_row:
-        own = function
-        function = lambda rows: jax.vmap(own)(rows)
+    function = jax.vmap(function) if is_by_row else function
     rows = T + with_start
     y = c.numbers(rows, *plates) + base
 
