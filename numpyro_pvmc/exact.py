@@ -12,6 +12,7 @@ from jax import random
 from numpyro.handlers import condition
 
 from numpyro_pvmc.chain import read_chain, read_structure
+from numpyro_pvmc.counts import warn_of_cut
 from numpyro_pvmc.data import check_data
 from numpyro_pvmc.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.linear import by_site, check_linear_gaussian, covariances_by_site, matrices, native
@@ -160,7 +161,10 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
     if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)
     if not finite.sites:
-        return _sum(finite, model, arguments, params)
+        posterior = _sum(finite, model, arguments, params)
+        if not is_traced(posterior):
+            warn_of_cut(finite, model, arguments, params, posterior.state_probabilities)
+        return posterior
     posterior, partly = _condition(structure, model, arguments, params)
     for name, is_partly_masked in partly.items():
         if not is_traced(is_partly_masked) and is_partly_masked:

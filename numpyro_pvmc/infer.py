@@ -23,7 +23,7 @@ from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, 
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model, run, signature
 from numpyro_pvmc.proposal import check_guide, refuse_discrete
-from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
+from numpyro_pvmc.smoother import sample, smooth, warn_of_doubts, warn_of_few_draws
 from numpyro_pvmc.structure import Structure
 
 
@@ -275,8 +275,8 @@ class PVMC(SVI):
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
         posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
-        if refine and not is_traced(posterior):
-            warn_of_collapse(posterior)
+        if not is_traced(posterior):
+            warn_of_doubts(posterior, refined=refine > 0)
         return posterior
 
     def sample_posterior(

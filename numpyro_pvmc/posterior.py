@@ -13,10 +13,10 @@ from jax import random
 
 from numpyro_pvmc.chain import read_chain
 from numpyro_pvmc.densities import Particles, target
-from numpyro_pvmc.potentials import Lattice, align
+from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.program import Arguments, run
 from numpyro_pvmc.smoothing import Marginals, sample_backward
-from numpyro_pvmc.states import joint_values, number_of_states, of_particles, probabilities
+from numpyro_pvmc.states import number_of_states, of_particles, probabilities, values_of_numbers
 from numpyro_pvmc.structure import Latent, Structure
 
 
@@ -236,26 +236,12 @@ def _sample(posterior, rng_key, sample_shape):
             index = index.reshape(index.shape + (1,) * (x.ndim - index.ndim))
             picked = jnp.take_along_axis(x, index, k_axis).squeeze(k_axis)
             sites[name] = untidy(picked, structure.sites[name], structure)
-        sites |= _values_of_states(structure, numbers % states) | posterior.globals
+        sites |= values_of_numbers(structure, numbers % states) | posterior.globals
         values = posterior.params | sites
         return sites | derived(structure, posterior.model, posterior.arguments, values, rng_key)
 
     samples = jax.vmap(trajectory)(numbers, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
-
-
-def _values_of_states(structure, numbers):
-    """Values of the summed sites, from the numbers of their joint values, shape ``(T + 1, *plates)``."""
-    values = {}
-    for sites, at_steps in ((structure.initial_states, False), (structure.step_states, True)):
-        tables, of_point = joint_values(structure, at_steps), numbers[1:] if at_steps else numbers[0]
-        for site in sites:
-            number = align(of_point, site, structure)
-            table = jnp.asarray(tables[site.name])
-            table = table.reshape(len(table), *(1,) * int(at_steps), *site.shape)
-            number = jnp.broadcast_to(number, (*of_point.shape[: int(at_steps)], *site.shape))[None]
-            values[site.name] = jnp.take_along_axis(jnp.broadcast_to(table, (len(table), *number.shape[1:])), number, 0)[0]
-    return values
 
 
 def derived(

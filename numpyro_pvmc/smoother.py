@@ -12,6 +12,7 @@ from jax import lax, random
 
 from numpyro_pvmc.chain import read_chain, read_structure
 from numpyro_pvmc.coordinates import coordinates_of_model, read_proposal
+from numpyro_pvmc.counts import warn_of_cut
 from numpyro_pvmc.drawing import draw, sites_to_draw
 from numpyro_pvmc.minibatch import draw_indices, take_series
 from numpyro_pvmc.moments import diagonal, effective_size
@@ -134,6 +135,18 @@ def _systematic(rng_key, weights):
     return random.permutation(key_order, jnp.minimum(chosen, number - 1))
 
 
+def warn_of_doubts(posterior: SmoothedPosterior, refined: bool) -> None:
+    """Say so if a posterior leaves out counts that matter, or rests on hardly any particles after refinement.
+
+    :param posterior: a posterior, not traced.
+    :param refined: whether its guide was refined.
+    """
+    program = posterior.structure, posterior.model, posterior.arguments, posterior.params
+    warn_of_cut(*program, posterior.state_probabilities, stacklevel=4)
+    if refined:
+        warn_of_collapse(posterior)
+
+
 def warn_of_few_draws(number: float, sample_shape: tuple[int, ...]) -> None:
     """Say so if resampled global sites are hardly different draws.
 
@@ -167,5 +180,5 @@ def warn_of_collapse(posterior: SmoothedPosterior) -> None:
             "these. More rounds (`refine`), more particles, tempered rounds (`temper=0.02`) or a start at the mode "
             "(`AutoSmoothedNormal(model, covariance='full', init='laplace')`) may help; transitions with very little noise "
             "need many particles.",
-            stacklevel=3,
+            stacklevel=4,
         )
