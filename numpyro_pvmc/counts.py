@@ -4,6 +4,7 @@ The largest value of a count whose support reads the state before moves from ste
 the largest bound of any step, which :mod:`numpyro_pvmc.bounds` proves, or which is declared as ``infer={"max_count": n}``.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from numpyro_pvmc.limits import limits
 from numpyro_pvmc.program import Arguments, Sites, is_latent, run_body
 from numpyro_pvmc.structure import Latent, Structure
 from numpyro_pvmc.survey import capture, first, survey
+
+_TELLING = 1e-6  # the probability of a largest count that says that there are others above it
 
 
 class Bounds(NamedTuple):
@@ -94,6 +97,50 @@ def _finite(found):
 def _evaluated(program, numbers):
     with jax.core.eval_context():
         return jax.tree.map(np.asarray, jax.jit(lambda numbers: bounds_of_counts(*program, numbers))(numbers))
+
+
+def warn_of_cut(
+    structure: Structure,
+    model: Callable,
+    arguments: Arguments,
+    values: dict[str, Any],
+    probabilities: dict[str, jax.Array],
+    stacklevel: int = 3,
+) -> None:
+    """Say so if a declared largest count leaves out counts that matter.
+
+    :param structure: the structure of the chain.
+    :param model: a NumPyro program.
+    :param arguments: what it is called with, not traced.
+    :param values: values of parameters.
+    :param probabilities: of the values of each summed site, as :func:`numpyro_pvmc.states.probabilities` has them.
+    :param stacklevel: as for `warnings.warn`.
+    """
+    suspects = {site.name: _mass_at_the_end(site, structure, probabilities[site.name]) for site in structure.states.values()}
+    suspects = {name: mass for name, mass in suspects.items() if mass > _TELLING}
+    if not suspects:
+        return
+    found = _evaluated((structure, model, arguments, values), jax.tree.leaves(arguments))
+    for name, mass in suspects.items():
+        if (found[name].support > found[name].upper).any():
+            warnings.warn(
+                f"The count '{name}' is its `max_count` with the smoothed probability {mass:.2g}, so what lies above, and is "
+                "left out, is not negligible. Raise `max_count`.",
+                stacklevel=stacklevel,
+            )
+
+
+def _mass_at_the_end(site, structure, probabilities):
+    """The largest probability, over times and elements, of the largest count that was declared."""
+    if not site.is_cut:
+        return 0.0
+    declared = np.reshape(site.max_count, site.shape if isinstance(site.max_count, tuple) else ())
+    plates = [len(site.batch_shape) + plate.dim for plate in structure.plates]
+    declared = np.moveaxis(np.broadcast_to(declared, site.shape), plates, range(len(plates)))
+    *shape, number = probabilities.shape
+    place = np.clip(declared - min(site.support), 0, number - 1)
+    place = np.broadcast_to(place.reshape(shape[int(site in structure.step_states) :]), shape)
+    return float(np.take_along_axis(np.asarray(probabilities), place[..., None], -1).max())
 
 
 def reads_numbers(model: Callable, arguments: Arguments) -> bool:

@@ -58,12 +58,16 @@ class DataCheck:
         :param arguments: what the program is called with.
         """
         known_for = signature(arguments)
-        if known_for not in self._by_value:
-            if is_traced(arguments):
-                return arguments
-            reads = reads_numbers(self.model, arguments)
-            self._by_value[known_for] = read_structure(self.model, arguments, {}).by_value if reads else ()
-        return Held(arguments, self._by_value[known_for]) if self._by_value[known_for] else arguments
+        if is_traced(arguments):
+            by_value = self._numbers_read(arguments)  # which of them are traced is not known by their shapes
+        else:
+            if known_for not in self._by_value:
+                self._by_value[known_for] = self._numbers_read(arguments)
+            by_value = self._by_value[known_for]
+        return Held(arguments, by_value) if by_value else arguments
+
+    def _numbers_read(self, arguments):
+        return read_structure(self.model, arguments, {}).by_value if reads_numbers(self.model, arguments) else ()
 
     def explain_nan(self, results: jax.Array, arguments: Arguments) -> None:
         """Find out why a result is NaN, if one is.

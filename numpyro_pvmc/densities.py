@@ -12,7 +12,7 @@ from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.pairs import read_pair
 from numpyro_pvmc.parts import at_all_steps
 from numpyro_pvmc.smoothing import Edges
-from numpyro_pvmc.states import joint_values, number_of_states
+from numpyro_pvmc.states import check_size, joint_values, number_of_states, values_of_numbers
 from numpyro_pvmc.structure import Structure
 
 
@@ -44,8 +44,22 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
         :mod:`numpyro_pvmc.states`.
     """
     structure = chain.structure
+    check_size(structure, particles.number)
     particles = with_states(structure, particles)
-    number = particles.number
+    ends = _ends_of_counts(chain)
+    log_p, first_state, states = _nodes(chain, ends, particles)
+    if structure.states:
+        # What has no mass is evaluated where there is some: the slope of a density may be infinite where it is zero, as that of
+        # a Poisson count at the rate zero is, and infinity times a weight of zero is nan.
+        log_p_alive, _, _ = _nodes(chain, ends, _with_mass(structure, particles, log_p))
+        log_p = jnp.where(jnp.isneginf(log_p), -jnp.inf, log_p_alive)
+    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
+    return log_p, _edges(chain, particles.number, (chain.inputs, before, particles.steps), put_together)
+
+
+def _nodes(chain, ends, particles):
+    """The part of the log densities that reads one particle; state leaves of the first carry, and of those after each step."""
+    structure, number = chain.structure, particles.number
     log_begin, first_state = jax.vmap(lambda x_0: begin(chain, x_0), out_axes=(-1, 0), axis_size=number)(particles.initial)
 
     def node(inputs_and_ends, state, latent):
@@ -53,7 +67,7 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
         now = step(chain, inputs, state, latent, ends)
         return now.node, now.state, now.output
 
-    inputs = chain.inputs, _ends_of_counts(chain)
+    inputs = chain.inputs, ends
     nodes = jax.vmap(node, in_axes=(None, 0, 0), out_axes=(-1, 0, 0))
     if structure.holding:
         # A held state is that of an earlier step, so states come one after the other.
@@ -71,9 +85,18 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
         log_p = log_p + jax.vmap(lambda x_0, y: after_scan(chain, x_0, y), in_axes=(0, 1), out_axes=-1, axis_size=number)(
             particles.initial, outputs
         )
+    return log_p, first_state, states
 
-    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
-    return log_p, _edges(chain, number, (chain.inputs, before, particles.steps), put_together)
+
+def _with_mass(structure, particles, log_p):
+    """Particles whose summed values without mass are replaced by the likeliest of the same particle."""
+    by_particle = log_p.reshape(*log_p.shape[:-1], -1, number_of_states(structure))
+    likeliest = by_particle.argmax(-1, keepdims=True)
+    numbers = jnp.where(jnp.isneginf(by_particle), likeliest, jnp.arange(by_particle.shape[-1])).reshape(log_p.shape)
+    values = values_of_numbers(structure, jnp.moveaxis(numbers, -1, 1))
+    at_start = {site.name: values[site.name].astype(site.dtype) for site in structure.initial_states}
+    at_steps = {site.name: values[site.name].astype(site.dtype) for site in structure.step_states}
+    return Particles(particles.initial | at_start, particles.steps | at_steps)
 
 
 def _ends_of_counts(chain):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_pvmc.counts import warn_of_cut
 from numpyro_pvmc.explanation import Weighted, explain
 from numpyro_pvmc.faults import at_point, first_place, series
 from numpyro_pvmc.program import is_traced
@@ -86,6 +87,8 @@ def check_posterior(posterior: Weighted, found: Health, refine: int = 0, temper:
     if found.unknown:
         explain(posterior)
     warn(jax.tree.map(lambda x: np.asarray(x)[None], found), refine, temper, stacklevel=4)
+    program = posterior.structure, posterior.model, posterior.arguments, posterior.params
+    warn_of_cut(*program, posterior.state_probabilities, stacklevel=4)
 
 
 def warn(found: Health, refine: int, temper: float | jax.Array, stacklevel: int) -> None:

@@ -26,6 +26,7 @@ class Weighted(Protocol):
     present: jax.Array | None
     particles: dict[str, jax.Array]
     globals: dict[str, jax.Array]
+    state_probabilities: dict[str, jax.Array]
     params: dict[str, Any]
     arguments: Arguments
     structure: Structure

@@ -326,7 +326,8 @@ class PVMC(SVI):
             run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
 
     def _arguments(self, args, kwargs):
-        return self._look_at_data.held(Arguments(args, kwargs | self.static_kwargs))
+        arguments = Arguments(args, kwargs | self.static_kwargs)
+        return self._look_at_data.held(arguments) if isinstance(self.loss, ImportanceSmoothedELBO) else arguments
 
     def _passed(self, args, kwargs):
         return Held(Arguments(args, kwargs), getattr(self._arguments(args, kwargs), "held", ()))

@@ -49,9 +49,7 @@ def declared_max_count(site: Site) -> int | tuple[int, ...] | None:
     if declared is None:
         return None
     if site["fn"].support is None or not site["fn"].support.is_discrete:
-        raise ValueError(
-            f"Site '{name}' declares a `max_count`, but it is continuous: a largest count is one of discrete sites."
-        )
+        raise ValueError(f"Site '{name}' is continuous, and declares a `max_count`, which is for discrete sites. Remove it.")
     shape = jnp.shape(site["value"])
     wanted = f"a whole number of at least 0, or an array of them that broadcasts with the site's shape {shape}"
     if isinstance(declared, jax.core.Tracer):

@@ -16,10 +16,10 @@ from numpyro_pvmc.axes import tidy, untidy
 from numpyro_pvmc.chain import read_chain
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.diagnostics import check_drawable
-from numpyro_pvmc.potentials import Lattice, align
+from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.program import Arguments, is_traced, run
 from numpyro_pvmc.smoothing import Marginals, sample_backward
-from numpyro_pvmc.states import joint_values, number_of_states, of_particles, probabilities
+from numpyro_pvmc.states import number_of_states, of_particles, probabilities, values_of_numbers
 from numpyro_pvmc.structure import Structure
 
 
@@ -303,26 +303,12 @@ def _sample(posterior, rng_key, sample_shape):
                 event = picked.ndim - k_axis - is_possible.ndim
                 picked = jnp.where(is_possible.reshape(*is_possible.shape, *(1,) * event), picked, jnp.nan)
             sites[name] = untidy(picked, structure.sites[name], structure)
-        sites |= _values_of_states(structure, numbers % states) | posterior.globals
+        sites |= values_of_numbers(structure, numbers % states) | posterior.globals
         values = posterior.params | sites
         return sites | derived(structure, posterior.model, posterior.arguments, values, rng_key)
 
     samples = jax.vmap(trajectory)(numbers, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
-
-
-def _values_of_states(structure, numbers):
-    """Values of the summed sites, from the numbers of their joint values, shape ``(T + 1, *plates)``."""
-    values = {}
-    for sites, at_steps in ((structure.initial_states, False), (structure.step_states, True)):
-        tables, of_point = joint_values(structure, at_steps), numbers[1:] if at_steps else numbers[0]
-        for site in sites:
-            number = align(of_point, site, structure)
-            table = jnp.asarray(tables[site.name])
-            table = table.reshape(len(table), *(1,) * int(at_steps), *site.shape)
-            number = jnp.broadcast_to(number, (*of_point.shape[: int(at_steps)], *site.shape))[None]
-            values[site.name] = jnp.take_along_axis(jnp.broadcast_to(table, (len(table), *number.shape[1:])), number, 0)[0]
-    return values
 
 
 def derived(

@@ -29,7 +29,7 @@ from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.proposal import Refitted, check_guide, proposal_log_densities
 from numpyro_pvmc.smoothing import Edges
 from numpyro_pvmc.states import at_points, has_value
-from numpyro_pvmc.structure import Latent, Structure
+from numpyro_pvmc.structure import Structure, align
 
 GRADIENTS = ("doubly_reparam", "reparam", "sticking", "reweighted")
 
@@ -170,20 +170,6 @@ def weigh(
             node = node.at[1:].add(jnp.where(present.sites[name], 0.0, -count)[..., None])
         mask = jnp.concatenate([jnp.ones((1, *present.steps.shape[1:]), bool), present.steps])
     return node, edges, mask
-
-
-def align(weights: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
-    """Give weights the axes of a site.
-
-    :param weights: an array with trailing axes ``(*plates)``.
-    :param latent: a site of the chain.
-    :param structure: the structure of the chain.
-    :return: the array, with trailing axes that broadcast with the site's shape.
-    """
-    shape = [1] * len(latent.shape)
-    for plate in structure.plates:
-        shape[len(latent.batch_shape) + plate.dim] = plate.size
-    return weights.reshape(weights.shape[: weights.ndim - len(structure.plates)] + tuple(shape))
 
 
 def _slack(structure, num_particles):

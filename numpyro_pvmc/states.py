@@ -14,9 +14,11 @@ import numpy as np
 
 from numpyro_pvmc.precise import precise
 from numpyro_pvmc.semiring import logsumexp
-from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.structure import Structure, align
 
 _MOST = 4096  # joint values of a point, of which there is a matrix for each step
+
+_MOST_BYTES = 1e9
 
 
 def number_of_states(structure: Structure) -> int:
@@ -29,10 +31,30 @@ def number_of_states(structure: Structure) -> int:
     if max(numbers) > _MOST:
         raise ValueError(
             f"The discrete sites {sorted(structure.states)} of one step have {max(numbers)} joint values for one series, too "
-            f"many to sum over (at most {_MOST}). Sample some of them in the guide, or put independent ones into a plate "
-            "around the chain."
+            f"many to sum over (at most {_MOST}). Sample some of them in the guide, put independent ones into a plate around "
+            "the chain, or declare a smaller largest count, `infer={'max_count': n}`."
         )
     return max(numbers)
+
+
+def check_size(structure: Structure, num_particles: int) -> None:
+    """Refuse counts of which the pairs of one step, or the tables of all steps, do not fit into memory.
+
+    :param structure: the structure of the chain.
+    :param num_particles: K, the number of particles at each time step.
+    :raises ValueError: saying how large they would be.
+    """
+    if not any(site.moves for site in structure.states.values()):
+        return
+    points, series = num_particles * number_of_states(structure), math.prod(plate.size for plate in structure.plates)
+    bytes_of = {"the pairs of a step": series * points**2, "the values of all steps": series * points * structure.length}
+    for what, number in bytes_of.items():
+        if (size := number * jnp.result_type(float).itemsize) > _MOST_BYTES:
+            raise ValueError(
+                f"To sum over the counts {sorted(structure.states)}, {what} would take {size / 1e9:.1f} GB, for {points} "
+                f"points a step and {series} series (at most {_MOST_BYTES / 1e9:.0f} GB). Declare a smaller largest count, "
+                "`infer={'max_count': n}`, take fewer particles or fewer series at once, or sample the counts in the guide."
+            )
 
 
 def joint_values(structure: Structure, at_steps: bool) -> dict[str, np.ndarray]:
@@ -63,6 +85,23 @@ def has_value(structure: Structure) -> np.ndarray:
     """
     numbers = [_number(sites, structure) for sites in (structure.initial_states, structure.step_states)]
     return np.arange(number_of_states(structure)) < np.array(numbers)[:, None]
+
+
+def values_of_numbers(structure: Structure, numbers: jax.Array) -> dict[str, jax.Array]:
+    """Values of the summed sites, given which of the S joint values each point has.
+
+    :param structure: the structure of the chain.
+    :param numbers: numbers from 0 to S - 1, shape ``(T + 1, ..., *plates)``.
+    :return: ``{site: (T, ..., *batch, *event)}``, without T for initial sites.
+    """
+    values = {}
+    for sites, at_steps in ((structure.initial_states, False), (structure.step_states, True)):
+        tables, of_point = joint_values(structure, at_steps), numbers[1:] if at_steps else numbers[0]
+        for site in sites:
+            table = _first_series(tables[site.name], site, structure)
+            elements = np.ogrid[tuple(slice(size) for size in table.shape[1:])]
+            values[site.name] = jnp.asarray(table)[(align(of_point, site, structure), *elements)]
+    return values
 
 
 def at_points(structure: Structure, of_particles: jax.Array) -> jax.Array:

@@ -191,6 +191,20 @@ def per_series(log_density: jax.Array, plates: tuple[Plate, ...]) -> jax.Array:
     return jnp.broadcast_to(summed, tuple(plate.size for plate in plates))
 
 
+def align(weights: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
+    """Give weights the axes of a site.
+
+    :param weights: an array with trailing axes ``(*plates)``.
+    :param latent: a site of the chain.
+    :param structure: the structure of the chain.
+    :return: the array, with trailing axes that broadcast with the site's shape.
+    """
+    shape = [1] * len(latent.shape)
+    for plate in structure.plates:
+        shape[len(latent.batch_shape) + plate.dim] = plate.size
+    return weights.reshape(weights.shape[: weights.ndim - len(structure.plates)] + tuple(shape))
+
+
 def time_rows(site: Site, length: int, plates: tuple[Plate, ...]) -> jax.Array:
     """Log density of a site after the scan, by time.
 

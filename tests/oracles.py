@@ -181,3 +181,21 @@ def gaussian_integral(log_density, size):
     assert np.isclose(log_density(probe), zero + slope @ probe + probe @ curvature @ probe / 2), "it is not quadratic"
     _, log_determinant = np.linalg.slogdet(2 * np.pi * covariance)
     return zero + slope @ mean / 2 + log_determinant / 2, mean, covariance
+
+
+def sum_counts(initial, moves, emissions):
+    """A hidden Markov chain whose matrices differ from step to step, by probabilities: log evidence, smoothed probabilities.
+
+    initial: (S,) before the first step. moves: (T, S, S) from, to; not normalised where mass is left out. emissions: (T, S).
+    """
+    forward, log_z, before = [], 0.0, np.asarray(initial)
+    for move, emission in zip(moves, emissions, strict=True):
+        now = before @ move * emission
+        log_z, before = log_z + np.log(now.sum()), now / now.sum()
+        forward.append(before)
+    backward = [np.ones(len(initial))]
+    for move, emission in list(zip(moves, emissions, strict=True))[:0:-1]:
+        later = move @ (emission * backward[0])
+        backward.insert(0, later / later.sum())
+    weights = np.array(forward) * np.array(backward)
+    return log_z, weights / weights.sum(1, keepdims=True)
