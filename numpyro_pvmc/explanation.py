@@ -98,8 +98,8 @@ def refuse_nan(kind: str, values: dict[str, Any]) -> None:
     :raises ValueError: naming the first that is NaN.
     """
     for name, value in values.items():
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(value)]
-        if any(np.issubdtype(leaf.dtype, np.inexact) and np.isnan(leaf).any() for leaf in leaves):
+        leaves = [leaf for leaf in map(jnp.asarray, jax.tree.leaves(value)) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        if any(jnp.isnan(leaf).any() for leaf in leaves):
             raise _error(f"{kind} '{name}' is NaN", "", "", "Look at where it comes from, such as a run whose losses are NaN.")
 
 

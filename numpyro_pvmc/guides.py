@@ -25,7 +25,7 @@ from numpyro_pvmc.moments import Moments, dense, diagonal, spread
 from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, is_traced
-from numpyro_pvmc.refinement import better, refitted, sample_proposal
+from numpyro_pvmc.refinement import refitted, sample_proposal, unless_worse
 
 COVARIANCES = ("diagonal", "full")
 INITS = ("prior", "laplace")
@@ -52,7 +52,7 @@ class AutoSmoothedNormal(AutoGuide):
     :param prefix: begins the name of the mutable state.
     :param init: ``"prior"``, or ``"laplace"`` to go on from there to the mode of all states and start with the curvature there
         (:func:`numpyro_pvmc.laplace.laplace`), for models that are differentiable; good where transitions are tight. A series
-        whose estimate of the evidence is lower there than at the prior starts at the prior.
+        whose estimate of the evidence is clearly lower there than at the prior starts at the prior.
     :param init_loc_fn: where to start, one of NumPyro's initialisation strategies; by default the medians of draws of the
         prior.
     :param init_scale: standard deviations to start with, in unconstrained space; by default the spread of draws of the prior.
@@ -162,7 +162,8 @@ class AutoSmoothedNormal(AutoGuide):
         if self.init == "laplace":
             _check_laplace(chain.structure)
             # The curvature at one mode of several, or at an edge, may be that of no posterior.
-            start = better(random.key(0), chain, coordinates, start, of_kind(laplace(chain, coordinates, proposal)), _DRAWS)
+            mode = of_kind(laplace(chain, coordinates, proposal))
+            start = unless_worse(random.key(0), chain, coordinates, mode, start, _DRAWS)
         return self._state(for_all_series(start, chain.structure))
 
     def refitted(self, lattice: Lattice, log_weights: jax.Array, particles: str) -> dict[str, Any]:
