@@ -6,27 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 from jax import lax
 from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_pvmc import requests
-from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.checked import CheckedSVI
 from numpyro_pvmc.combined import automatic_guide
-from numpyro_pvmc.data import DataCheck
-from numpyro_pvmc.minibatch import check_indices
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
 from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
-from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model, run, signature
-from numpyro_pvmc.proposal import check_guide, refuse_discrete
+from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model
 from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
-from numpyro_pvmc.structure import Structure
 
 
-class PVMC(SVI):
+class PVMC(CheckedSVI):
     """Parallel variational Monte Carlo: fit a state-space model, and smooth.
 
     A sibling of :class:`numpyro.infer.SVI` for models whose latent process is a Markov chain in a NumPyro `scan`. The guide
@@ -101,47 +96,14 @@ class PVMC(SVI):
         requests.check_programs(model, model if guide is None else guide)
         guide = automatic_guide(model) if guide is None else guide
         super().__init__(model, guide, default_optimiser() if optim is None else optim, loss, **static_kwargs)
-        self._known: dict[Any, tuple[Structure, Callable]] = {}
-        self._look_at_data = DataCheck(model)
-        self._compiled_init = jax.jit(self._init)
+
+    def _forget(self):
+        super()._forget()
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
         self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "frozen", "rounds", "stable"))
         self._compiled_posterior = jax.jit(self._posterior, static_argnames=("refine",))
         self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape", "refine", "resample"))
-        self._is_refitted = False
-
-    def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:
-        """The initial state, once the program, the guide and the data have been checked.
-
-        :param rng_key: random key.
-        :param args: arguments of the model and the guide.
-        :param init_params: initial values of parameters, by name.
-        :param kwargs: keyword arguments of the model and the guide.
-        :return: the state that :meth:`update` takes.
-        :raises ValueError: if the program has no Markov chain that can be read, the guide does not fit it, or the data contain
-            NaN; the message names the site and says what to do.
-        """
-        if not isinstance(self.loss, ImportanceSmoothedELBO):
-            return super().init(rng_key, *args, init_params=init_params, **kwargs)
-        requests.check_key(rng_key)
-        arguments, params = self._arguments(args, kwargs), init_params or {}
-        known_for = signature((rng_key, arguments, params))
-        structure, constrain_fn = self._known.get(known_for, (None, None))
-        if structure is None:
-            # Before NumPyro looks: what cannot be read has a name here.
-            structure = read_structure(self.model, arguments, params)
-            refuse_discrete(structure, self.model, self.guide)
-        if not is_traced((arguments, params)):
-            self._look_at_data(arguments, params, structure)
-        if constrain_fn is None:
-            state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
-            constrain_fn = self.constrain_fn
-            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(constrain_fn.args)):
-                return state  # constraints that may be of these very data
-            self._known[known_for] = structure, constrain_fn
-        self.constrain_fn = constrain_fn
-        return self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
 
     def update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
@@ -154,18 +116,18 @@ class PVMC(SVI):
         :return: the new state, and the loss at the old one.
         """
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, Arguments(args, kwargs), stable=False)
+        return self._compiled_update(svi_state, self._constraints(args, kwargs), Arguments(args, kwargs), stable=False)
 
     def stable_update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> tuple[SVIState, jax.Array]:
         """Like :meth:`update`, but keep the old state if the loss or the new state is not finite."""
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, Arguments(args, kwargs), stable=True)
+        return self._compiled_update(svi_state, self._constraints(args, kwargs), Arguments(args, kwargs), stable=True)
 
     def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """The loss that :meth:`update` would report at a state, with the same arguments."""
-        return self._compiled_evaluate(svi_state, Arguments(args, kwargs))
+        return self._compiled_evaluate(svi_state, self._constraints(args, kwargs), Arguments(args, kwargs))
 
     def run(
         self,
@@ -183,9 +145,10 @@ class PVMC(SVI):
         """Train for a number of steps.
 
         From a cold start the weights of many particles all go to one of them before the guide is near the posterior, and the
-        objective stalls. So training of a guide with parameters starts with one particle, and grows to K in a few phases,
-        each compiled once; see :func:`numpyro_pvmc.phases.growth`. While there is one particle the parameters of the model
-        rest, since the plain bound of a guide that is independent over time would draw them towards a chain without memory.
+        objective stalls. So training of a guide with parameters starts with one particle, or with four where a site learns by
+        the reweighted gradient, and grows to K in a few phases, each compiled once; see :func:`numpyro_pvmc.phases.growth`.
+        In the first phase the parameters of the model rest, since the plain bound of a guide that is independent over time
+        would draw them towards a chain without memory.
         A refitted guide has K particles throughout; for a few steps it is refitted alone, to tempered transitions. A run that
         goes on from `init_state` does neither.
 
@@ -206,14 +169,16 @@ class PVMC(SVI):
         requests.check_steps(num_steps)
         requests.refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
-        arguments, own = Arguments(args, kwargs), self._arguments(args, kwargs)
+        constraints, arguments, own = self._constraints(args, kwargs), Arguments(args, kwargs), self._arguments(args, kwargs)
         phases, frozen, rounds = [(None, num_steps)], (), None
         if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
-            if self._is_refitted:
+            if self._form.refitted_by:
                 rounds = warm_up(num_steps)
             else:
-                phases = growth(num_steps, self.loss.num_particles)
-                frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
+                reweighted = self.loss.gradient == "reweighted" or bool(self._form.not_reparameterised)
+                phases = growth(num_steps, self.loss.num_particles, reweighted)
+                if len(phases) > 1:
+                    frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
         losses, total = [], 0
         hidden = not progress_bar or is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
@@ -221,11 +186,12 @@ class PVMC(SVI):
                 for count in calls(steps, watched=not hidden):
                     state, chunk = self._compiled_updates(
                         state,
+                        constraints,
                         arguments,
                         jnp.asarray(count),
                         None if rounds is None else jnp.asarray(rounds - total),
                         num_particles=num_particles,
-                        frozen=frozen if num_particles == 1 else (),
+                        frozen=frozen if total < phases[0][1] else (),
                         rounds=rounds,
                         stable=stable_update,
                     )
@@ -237,14 +203,6 @@ class PVMC(SVI):
                         bar.set_postfix_str(progress(self.loss, num_particles, losses[-1]), refresh=False)
                         bar.update(count)
         return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
-
-    def get_params(self, svi_state: SVIState) -> dict[str, Any]:
-        """Values of parameters, and mutable state.
-
-        :param svi_state: the state.
-        :return: ``{name: value}``, as :meth:`posterior` and :class:`numpyro.infer.Predictive` take them.
-        """
-        return super().get_params(svi_state) | (svi_state.mutable_state or {})
 
     def posterior(
         self,
@@ -312,62 +270,20 @@ class PVMC(SVI):
             warn_of_few_draws(number, sample_shape)
         return samples
 
-    def _look_first(self, rng_key, arguments, params):
-        """Look at what is given, unless something is being compiled."""
-        requests.check_key(rng_key)
-        requests.check_params(params)
-        if is_traced((rng_key, arguments, params)):
-            return
-        structure, is_new = self._look_at_data(arguments, params)
-        check_indices(structure, params)
-        if is_new and not self._known and not self._sets_up_by_shapes(structure):
-            run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
-
-    def _arguments(self, args, kwargs):
-        return Arguments(args, kwargs | self.static_kwargs)
-
-    def _sets_up_by_shapes(self, structure):
-        return getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites
-
-    def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
-        """Let NumPyro look at program, guide and data."""
-        if self._sets_up_by_shapes(structure):
-            self._is_refitted = bool(check_guide(structure, self.guide, arguments, init_params or {}).refitted_by)
-            state = self._compiled_init(rng_key, Arguments(args, kwargs), init_params)
-            self.constrain_fn = self._constrain_fn_of_init
-            if not is_traced(self.constrain_fn.args):
-                return state
-        # As they are: an automatic guide of NumPyro sets itself up by real numbers.
-        try:
-            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
-        except Exception:
-            # NumPyro runs the model at draws of the guide: see whether they, or the data, are why that failed.
-            check_guide(structure, self.guide, arguments, init_params or {})
-            self._look_at_data.explain_nan(np.nan, arguments)
-            raise
-        self._is_refitted = bool(check_guide(structure, self.guide, arguments, self.get_params(state)).refitted_by)
-        return state
-
-    def _init(self, rng_key, arguments, init_params):
-        own = copy.copy(self)
-        state = SVI.init(own, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
-        self._constrain_fn_of_init = own.constrain_fn  # which may be of traced values
-        return state
-
-    def _update(self, state, arguments, stable):
+    def _update(self, state, constraints, arguments, stable):
         update = SVI.stable_update if stable else SVI.update
-        return update(self._at(state), state, *arguments.args, **arguments.kwargs)
+        return update(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
-    def _evaluate(self, state, arguments):
-        return SVI.evaluate(self._at(state), state, *arguments.args, **arguments.kwargs)
+    def _evaluate(self, state, constraints, arguments):
+        return SVI.evaluate(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
-    def _at(self, state):
-        own = copy.copy(self)
+    def _at(self, state, constraints):
+        own = super()._at(state, constraints)
         if isinstance(self.loss, ImportanceSmoothedELBO):
             own.loss = self.loss.at_update(state.optim_state[0])
         return own
 
-    def _updates(self, state, arguments, count, left, num_particles, frozen, rounds, stable):
+    def _updates(self, state, constraints, arguments, count, left, num_particles, frozen, rounds, stable):
         own = copy.copy(self)
         if num_particles not in (None, self.loss.num_particles):
             own.loss = self.loss.with_num_particles(num_particles, frozen)
@@ -376,10 +292,10 @@ class PVMC(SVI):
             state, losses = state_and_losses
             if rounds is not None:
                 own.loss = self.loss.while_warming(warming_power(left - i, rounds), left > i)
-            state, loss = own._update(state, arguments, stable)
+            state, loss = own._update(state, constraints, arguments, stable)
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
-        dtype = jax.eval_shape(lambda: self._update(state, arguments, stable)[1]).dtype
+        dtype = jax.eval_shape(lambda: self._update(state, constraints, arguments, stable)[1]).dtype
         return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
 
     def _posterior(self, rng_key, params, arguments, temper, refine):
