@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import random
 
@@ -138,6 +139,11 @@ def length_of(scan: Scan) -> int:
     leaves = jax.tree.leaves(scan.xs)
     if strange := [type(leaf).__name__ for leaf in leaves if not _is_array(leaf)]:
         raise ValueError(f"The inputs of `scan` must be arrays of numbers, but among them is a {strange[0]}.")
+    if numbers := [leaf for leaf in leaves if isinstance(leaf, np.generic | int | float | complex)]:
+        raise ValueError(
+            f"Among the inputs of `scan` are {len(numbers)} single numbers, as of a list, but they must be arrays with a "
+            "leading time axis. Convert a list of numbers with `jax.numpy.asarray(y)` before it is given to the model."
+        )
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in map(jnp.asarray, leaves)}
     lengths |= set() if scan.length is None else {scan.length}
     if len(lengths) != 1 or not min(lengths):
