@@ -15,6 +15,7 @@ from numpyro.infer.util import transform_fn
 from numpyro_pvmc import requests
 from numpyro_pvmc.chain import read_structure
 from numpyro_pvmc.data import DataCheck
+from numpyro_pvmc.endings import check_finite
 from numpyro_pvmc.minibatch import check_indices
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.pickling import by_value
@@ -122,6 +123,7 @@ class CheckedSVI(SVI):
         requests.check_params(params)
         if is_traced((rng_key, arguments, params)):
             return
+        check_finite(params)
         structure, is_new = self._look_at_data(arguments, params)
         check_indices(structure, params)
         if is_new and not self._known and not self._sets_up_by_shapes(structure):

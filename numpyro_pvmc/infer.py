@@ -14,6 +14,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_pvmc import requests
 from numpyro_pvmc.checked import CheckedSVI
 from numpyro_pvmc.combined import automatic_guide
+from numpyro_pvmc.endings import warn_of_ending
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
 from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
@@ -163,7 +164,8 @@ class PVMC(CheckedSVI):
         :param grow: whether to begin with few particles, or by refitting alone. Without, each step equals one of
             :class:`numpyro.infer.SVI`.
         :return: parameters, last state, and the losses; while the number of particles grows a loss is that of the number in
-            use, and while transitions are tempered that of the tempered chain.
+            use, and while transitions are tempered that of the tempered chain. A warning says so if they, or the parameters,
+            are not finite, or if they end above where they began.
         :raises ValueError: for `num_steps` below 1, or as :meth:`init`.
         """
         requests.check_steps(num_steps)
@@ -179,7 +181,7 @@ class PVMC(CheckedSVI):
                 phases = growth(num_steps, self.loss.num_particles, reweighted)
                 if len(phases) > 1:
                     frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
-        losses, total = [], 0
+        losses, total, first = [], 0, state.optim_state[0]
         hidden = not progress_bar or is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
             for num_particles, steps in phases:
@@ -202,7 +204,11 @@ class PVMC(CheckedSVI):
                     if not hidden:
                         bar.set_postfix_str(progress(self.loss, num_particles, losses[-1]), refresh=False)
                         bar.update(count)
-        return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
+        params, losses = self.get_params(state), jnp.concatenate(losses)
+        if not is_traced((params, losses)):
+            skipped = num_steps - int(state.optim_state[0] - first) if stable_update else None
+            warn_of_ending(losses, num_steps - phases[-1][1] if rounds is None else rounds, params, skipped)
+        return SVIRunResult(params, state, losses)
 
     def posterior(
         self,

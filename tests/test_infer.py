@@ -266,7 +266,8 @@ def test_stable_updates_survive_what_is_not_finite():
         scan(step, 0.0, y)
 
     pvmc = PVMC(model, lambda y: numpyro.sample("x", dist.Normal(numpyro.param("m", jnp.zeros(3)), 1.0)), num_particles=2)
-    result = pvmc.run(jax.random.key(0), 5, jnp.ones(3), progress_bar=False, stable_update=True)
+    with pytest.warns(UserWarning, match="5 of 5 updates were not finite, and were skipped"):
+        result = pvmc.run(jax.random.key(0), 5, jnp.ones(3), progress_bar=False, stable_update=True)
     assert np.isnan(result.losses).all()
     assert_array_equal(result.params["m"], np.zeros(3))
 
