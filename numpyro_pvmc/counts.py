@@ -4,7 +4,6 @@ The largest value of a count whose support reads the state before moves from ste
 the largest bound of any step, which :mod:`numpyro_pvmc.bounds` proves, or which is declared as ``infer={"max_count": n}``.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from numpyro_pvmc.limits import limits
 from numpyro_pvmc.program import Arguments, Sites, is_latent, run_body
 from numpyro_pvmc.structure import Latent, Structure
 from numpyro_pvmc.survey import capture, first, survey
+from numpyro_pvmc.tracebacks import warn_caller
 
 _TELLING = 1e-6  # the probability of a largest count that says that there are others above it
 
@@ -105,7 +105,6 @@ def warn_of_cut(
     arguments: Arguments,
     values: dict[str, Any],
     probabilities: dict[str, jax.Array],
-    stacklevel: int = 3,
 ) -> None:
     """Say so if a declared largest count leaves out counts that matter.
 
@@ -114,7 +113,6 @@ def warn_of_cut(
     :param arguments: what it is called with, not traced.
     :param values: values of parameters.
     :param probabilities: of the values of each summed site, as :func:`numpyro_pvmc.states.probabilities` has them.
-    :param stacklevel: as for `warnings.warn`.
     """
     suspects = {site.name: _mass_at_the_end(site, structure, probabilities[site.name]) for site in structure.states.values()}
     suspects = {name: mass for name, mass in suspects.items() if mass > _TELLING}
@@ -123,10 +121,9 @@ def warn_of_cut(
     found = _evaluated((structure, model, arguments, values), jax.tree.leaves(arguments))
     for name, mass in suspects.items():
         if (found[name].support > found[name].upper).any():
-            warnings.warn(
+            warn_caller(
                 f"The count '{name}' is its `max_count` with the smoothed probability {mass:.2g}, so what lies above, and is "
                 "left out, is not negligible. Raise `max_count`.",
-                stacklevel=stacklevel,
             )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from numpyro_pvmc.explanation import Weighted, explain
 from numpyro_pvmc.faults import at_point, first_place, series
 from numpyro_pvmc.program import is_traced
 from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.tracebacks import warn_caller
 
 
 @functools.partial(
@@ -86,24 +86,23 @@ def check_posterior(posterior: Weighted, found: Health, refine: int = 0, temper:
         return
     if found.unknown:
         explain(posterior)
-    warn(jax.tree.map(lambda x: np.asarray(x)[None], found), refine, temper, stacklevel=4)
+    warn(jax.tree.map(lambda x: np.asarray(x)[None], found), refine, temper)
     program = posterior.structure, posterior.model, posterior.arguments, posterior.params
-    warn_of_cut(*program, posterior.state_probabilities, stacklevel=4)
+    warn_of_cut(*program, posterior.state_probabilities)
 
 
-def warn(found: Health, refine: int, temper: float | jax.Array, stacklevel: int) -> None:
+def warn(found: Health, refine: int, temper: float | jax.Array) -> None:
     """Say so if posteriors are of impossible data, or rest on hardly any particles at some times; once for all of them.
 
     :param found: their health, with a leading axis, not traced.
     :param refine: for how many rounds proposals were refitted.
     :param temper: the power of transition densities in the first of them.
-    :param stacklevel: how many functions away the caller is who should read it.
     """
     if (found.lost_at >= 0).any():
-        warnings.warn(_impossible(found), stacklevel=stacklevel)
+        warn_caller(_impossible(found))
     worst = max(found.share, key=lambda name: found.share[name].max(initial=0), default=None)
     if worst is not None and found.share[worst].any():
-        warnings.warn(f"{_collapse(found, worst)} {_advice(refine, temper)}", stacklevel=stacklevel)
+        warn_caller(f"{_collapse(found, worst)} {_advice(refine, temper)}")
 
 
 def _collapse(found, site):

@@ -1,7 +1,6 @@
 """A guide in, K draws of its sites out."""
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from numpyro.primitives import Messenger
 from numpyro_pvmc.program import Arguments, is_latent
 from numpyro_pvmc.quasirandom import from_uniform, has_points, noise_shape, uniform_points
 from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.tracebacks import warn_caller
 
 
 class Drawn(NamedTuple):
@@ -125,11 +125,10 @@ def draw(
             f"{sorted(names)}. Each particle would have another value of it: draw global sites first."
         ) from error
     if particles == "rqmc" and independent:
-        warnings.warn(
+        warn_caller(
             f"The particles of {sorted(set(independent))} are independent draws: quasi-random ones need a guide without a "
             f"scan, and laws with a quantile function, but its laws are {sorted({laws[name] for name in independent})}. "
             "`particles='iid'` says the same without this warning.",
-            stacklevel=2,
         )
     return result
 

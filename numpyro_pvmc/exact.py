@@ -122,6 +122,7 @@ class ExactPosterior:
         return _sample(self, rng_key, tuple(sample_shape))
 
 
+@with_short_tracebacks
 def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwargs: Any) -> ExactPosterior | SmoothedPosterior:
     """The evidence and the smoothed posterior of a chain that has them in closed form.
 

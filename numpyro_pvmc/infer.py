@@ -6,29 +6,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tqdm
 from jax import lax
 from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_pvmc import requests
-from numpyro_pvmc.chain import read_structure
+from numpyro_pvmc.checked import CheckedSVI
 from numpyro_pvmc.combined import automatic_guide
-from numpyro_pvmc.data import DataCheck
 from numpyro_pvmc.diagnostics import check_posterior, health
-from numpyro_pvmc.frozen import Held
-from numpyro_pvmc.minibatch import check_indices
+from numpyro_pvmc.endings import warn_of_ending
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
 from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
-from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model, run, signature
-from numpyro_pvmc.proposal import check_guide, refuse_discrete
+from numpyro_pvmc.program import is_traced, parameters_of_the_model
 from numpyro_pvmc.smoother import check_samples, sample, smooth
-from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.tracebacks import with_short_tracebacks
 
 
-class PVMC(SVI):
+class PVMC(CheckedSVI):
     """Parallel variational Monte Carlo: fit a state-space model, and smooth.
 
     A sibling of :class:`numpyro.infer.SVI` for models whose latent process is a Markov chain in a NumPyro `scan`. The guide
@@ -103,48 +99,16 @@ class PVMC(SVI):
         requests.check_programs(model, model if guide is None else guide)
         guide = automatic_guide(model) if guide is None else guide
         super().__init__(model, guide, default_optimiser() if optim is None else optim, loss, **static_kwargs)
-        self._known: dict[Any, tuple[Structure, Callable]] = {}
-        self._look_at_data = DataCheck(model)
-        self._compiled_init = jax.jit(self._init)
+
+    def _forget(self):
+        super()._forget()
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
         self._compiled_updates = jax.jit(self._updates, static_argnames=("num_particles", "frozen", "rounds", "stable"))
         self._compiled_posterior = jax.jit(self._posterior, static_argnames=("refine",))
         self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape", "refine", "resample"))
-        self._is_refitted = False
 
-    def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:
-        """The initial state, once the program, the guide and the data have been checked.
-
-        :param rng_key: random key.
-        :param args: arguments of the model and the guide.
-        :param init_params: initial values of parameters, by name.
-        :param kwargs: keyword arguments of the model and the guide.
-        :return: the state that :meth:`update` takes.
-        :raises ValueError: if the program has no Markov chain that can be read, the guide does not fit it, or the data contain
-            NaN; the message names the site and says what to do.
-        """
-        if not isinstance(self.loss, ImportanceSmoothedELBO):
-            return super().init(rng_key, *args, init_params=init_params, **kwargs)
-        requests.check_key(rng_key)
-        arguments, params = self._arguments(args, kwargs), init_params or {}
-        known_for = signature((rng_key, arguments, params))
-        structure, constrain_fn = self._known.get(known_for, (None, None))
-        if structure is None:
-            # Before NumPyro looks: what cannot be read has a name here.
-            structure = read_structure(self.model, arguments, params)
-            refuse_discrete(structure, self.model, self.guide)
-        if not is_traced((arguments, params)):
-            self._look_at_data(arguments, params, structure)
-        if constrain_fn is None:
-            state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
-            constrain_fn = self.constrain_fn
-            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(constrain_fn.args)):
-                return state  # constraints that may be of these very data
-            self._known[known_for] = structure, constrain_fn
-        self.constrain_fn = constrain_fn
-        return self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
-
+    @with_short_tracebacks
     def update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> tuple[SVIState, jax.Array]:
@@ -156,19 +120,22 @@ class PVMC(SVI):
         :return: the new state, and the loss at the old one.
         """
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, self._passed(args, kwargs), stable=False)
+        return self._compiled_update(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs), stable=False)
 
+    @with_short_tracebacks
     def stable_update(
         self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
     ) -> tuple[SVIState, jax.Array]:
         """Like :meth:`update`, but keep the old state if the loss or the new state is not finite."""
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, self._passed(args, kwargs), stable=True)
+        return self._compiled_update(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs), stable=True)
 
+    @with_short_tracebacks
     def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """The loss that :meth:`update` would report at a state, with the same arguments."""
-        return self._compiled_evaluate(svi_state, self._passed(args, kwargs))
+        return self._compiled_evaluate(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs))
 
+    @with_short_tracebacks
     def run(
         self,
         rng_key: jax.Array,
@@ -185,9 +152,10 @@ class PVMC(SVI):
         """Train for a number of steps.
 
         From a cold start the weights of many particles all go to one of them before the guide is near the posterior, and the
-        objective stalls. So training of a guide with parameters starts with one particle, and grows to K in a few phases,
-        each compiled once; see :func:`numpyro_pvmc.phases.growth`. While there is one particle the parameters of the model
-        rest, since the plain bound of a guide that is independent over time would draw them towards a chain without memory.
+        objective stalls. So training of a guide with parameters starts with one particle, or with four where a site learns by
+        the reweighted gradient, and grows to K in a few phases, each compiled once; see :func:`numpyro_pvmc.phases.growth`.
+        In the first phase the parameters of the model rest, since the plain bound of a guide that is independent over time
+        would draw them towards a chain without memory.
         A refitted guide has K particles throughout; for a few steps it is refitted alone, to tempered transitions. A run that
         goes on from `init_state` does neither.
 
@@ -202,32 +170,36 @@ class PVMC(SVI):
         :param grow: whether to begin with few particles, or by refitting alone. Without, each step equals one of
             :class:`numpyro.infer.SVI`.
         :return: parameters, last state, and the losses; while the number of particles grows a loss is that of the number in
-            use, and while transitions are tempered that of the tempered chain.
+            use, and while transitions are tempered that of the tempered chain. A warning says so if they, or the parameters,
+            are not finite, or if they end above where they began.
         :raises ValueError: for `num_steps` below 1, or as :meth:`init`.
         """
         requests.check_steps(num_steps)
         requests.refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
-        arguments, own = self._passed(args, kwargs), self._arguments(args, kwargs)
+        constraints, arguments, own = self._constraints(args, kwargs), self._passed(args, kwargs), self._arguments(args, kwargs)
         phases, frozen, rounds = [(None, num_steps)], (), None
         if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
-            if self._is_refitted:
+            if self._form.refitted_by:
                 rounds = warm_up(num_steps)
             else:
-                phases = growth(num_steps, self.loss.num_particles)
-                frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
-        losses, total = [], 0
+                reweighted = self.loss.gradient == "reweighted" or bool(self._form.not_reparameterised)
+                phases = growth(num_steps, self.loss.num_particles, reweighted)
+                if len(phases) > 1:
+                    frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
+        losses, total, first = [], 0, state.optim_state[0]
         hidden = not progress_bar or is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
             for num_particles, steps in phases:
                 for count in calls(steps, watched=not hidden):
                     state, chunk = self._compiled_updates(
                         state,
+                        constraints,
                         arguments,
                         jnp.asarray(count),
                         None if rounds is None else jnp.asarray(rounds - total),
                         num_particles=num_particles,
-                        frozen=frozen if num_particles == 1 else (),
+                        frozen=frozen if total < phases[0][1] else (),
                         rounds=rounds,
                         stable=stable_update,
                     )
@@ -238,16 +210,13 @@ class PVMC(SVI):
                     if not hidden:
                         bar.set_postfix_str(progress(self.loss, num_particles, losses[-1]), refresh=False)
                         bar.update(count)
-        return SVIRunResult(self.get_params(state), state, jnp.concatenate(losses))
+        params, losses = self.get_params(state), jnp.concatenate(losses)
+        if not is_traced((params, losses)):
+            skipped = num_steps - int(state.optim_state[0] - first) if stable_update else None
+            warn_of_ending(losses, num_steps - phases[-1][1] if rounds is None else rounds, params, skipped)
+        return SVIRunResult(params, state, losses)
 
-    def get_params(self, svi_state: SVIState) -> dict[str, Any]:
-        """Values of parameters, and mutable state.
-
-        :param svi_state: the state.
-        :return: ``{name: value}``, as :meth:`posterior` and :class:`numpyro.infer.Predictive` take them.
-        """
-        return super().get_params(svi_state) | (svi_state.mutable_state or {})
-
+    @with_short_tracebacks
     def posterior(
         self,
         rng_key: jax.Array,
@@ -280,6 +249,7 @@ class PVMC(SVI):
         check_posterior(posterior, found, refine, temper)
         return posterior
 
+    @with_short_tracebacks
     def sample_posterior(
         self,
         rng_key: jax.Array,
@@ -314,66 +284,20 @@ class PVMC(SVI):
         check_samples(drawn, again, refine, temper, resample)
         return drawn.samples
 
-    def _look_first(self, rng_key, arguments, params):
-        """Look at what is given, unless something is being compiled."""
-        requests.check_key(rng_key)
-        requests.check_params(params)
-        if is_traced((rng_key, arguments, params)):
-            return
-        structure, is_new = self._look_at_data(arguments, params)
-        check_indices(structure, params)
-        if is_new and not self._known and not self._sets_up_by_shapes(structure):
-            run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
-
-    def _arguments(self, args, kwargs):
-        arguments = Arguments(args, kwargs | self.static_kwargs)
-        return self._look_at_data.held(arguments) if isinstance(self.loss, ImportanceSmoothedELBO) else arguments
-
-    def _passed(self, args, kwargs):
-        return Held(Arguments(args, kwargs), getattr(self._arguments(args, kwargs), "held", ()))
-
-    def _sets_up_by_shapes(self, structure):
-        return getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites
-
-    def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
-        """Let NumPyro look at program, guide and data."""
-        if self._sets_up_by_shapes(structure):
-            self._is_refitted = bool(check_guide(structure, self.guide, arguments, init_params or {}).refitted_by)
-            state = self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
-            self.constrain_fn = self._constrain_fn_of_init
-            if not is_traced(self.constrain_fn.args):
-                return state
-        # As they are: an automatic guide of NumPyro sets itself up by real numbers.
-        try:
-            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
-        except Exception:
-            # NumPyro runs the model at draws of the guide: see whether they, or the data, are why that failed.
-            check_guide(structure, self.guide, arguments, init_params or {})
-            self._look_at_data.explain_nan(np.nan, arguments)
-            raise
-        self._is_refitted = bool(check_guide(structure, self.guide, arguments, self.get_params(state)).refitted_by)
-        return state
-
-    def _init(self, rng_key, arguments, init_params):
-        own = copy.copy(self)
-        state = SVI.init(own, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
-        self._constrain_fn_of_init = own.constrain_fn  # which may be of traced values
-        return state
-
-    def _update(self, state, arguments, stable):
+    def _update(self, state, constraints, arguments, stable):
         update = SVI.stable_update if stable else SVI.update
-        return update(self._at(state), state, *arguments.args, **arguments.kwargs)
+        return update(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
-    def _evaluate(self, state, arguments):
-        return SVI.evaluate(self._at(state), state, *arguments.args, **arguments.kwargs)
+    def _evaluate(self, state, constraints, arguments):
+        return SVI.evaluate(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
-    def _at(self, state):
-        own = copy.copy(self)
+    def _at(self, state, constraints):
+        own = super()._at(state, constraints)
         if isinstance(self.loss, ImportanceSmoothedELBO):
             own.loss = self.loss.at_update(state.optim_state[0])
         return own
 
-    def _updates(self, state, arguments, count, left, num_particles, frozen, rounds, stable):
+    def _updates(self, state, constraints, arguments, count, left, num_particles, frozen, rounds, stable):
         own = copy.copy(self)
         if num_particles not in (None, self.loss.num_particles):
             own.loss = self.loss.with_num_particles(num_particles, frozen)
@@ -382,10 +306,10 @@ class PVMC(SVI):
             state, losses = state_and_losses
             if rounds is not None:
                 own.loss = self.loss.while_warming(warming_power(left - i, rounds), left > i)
-            state, loss = own._update(state, arguments, stable)
+            state, loss = own._update(state, constraints, arguments, stable)
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
-        dtype = jax.eval_shape(lambda: self._update(state, arguments, stable)[1]).dtype
+        dtype = jax.eval_shape(lambda: self._update(state, constraints, arguments, stable)[1]).dtype
         return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
 
     def _posterior(self, rng_key, params, arguments, temper, refine):

@@ -32,6 +32,8 @@ class ImportanceSmoothedELBO(ELBO):
     :param gradient: how the guide learns. ``"doubly_reparam"``: an unbiased gradient of the bound whose signal grows with
         K. ``"reparam"``: the plain gradient of the bound, whose signal vanishes as K grows. ``"sticking"``: the plain
         gradient with the parameters of log q held fixed, as in the experiments of the PVMC paper; biased for K > 1.
+        ``"reweighted"``: the mean of the gradient of log q over the smoothed particles, which needs K > 1. Sites whose draws
+        have no gradient, such as discrete ones, learn by the last in any case.
     :param method: how trajectories are summed, ``"sequential"``, ``"blocked"``, ``"associative"`` or ``"auto"``; see
         :func:`numpyro_pvmc.smoothing.log_normalizer`.
     :param particles: ``"rqmc"``, draws of a step that are evenly spread, which keeps the estimate unbiased and makes it several
@@ -88,6 +90,11 @@ class ImportanceSmoothedELBO(ELBO):
             raise ValueError(f"`num_particles` must be an integer of at least 1, but got {num_particles!r}.")
         if gradient not in GRADIENTS:
             raise ValueError(f"`gradient` must be one of {GRADIENTS}, but got {gradient!r}.")
+        if gradient == "reweighted" and num_particles == 1:
+            raise ValueError(
+                "`gradient='reweighted'` needs at least `num_particles=2`: with one particle every weight is 1, and the "
+                "gradient of the guide is noise around zero."
+            )
         check_particles(particles, num_particles)
         check_method(method)
         self.num_particles = num_particles

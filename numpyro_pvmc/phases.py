@@ -10,26 +10,31 @@ import optax
 
 MOST_AT_ONCE = 128  # updates in one compiled call
 _SECONDS = 0.5  # between two looks at the progress bar
+_FEWEST_REWEIGHTED = 4  # with one all weights are 1, and the reweighted gradient of the guide is noise around zero
 _ROUNDS, _POWER = 15, 0.1  # of the warm-up of a refitted guide: how many at most, and the first power
 
 
-def growth(num_steps: int, num_particles: int) -> list[tuple[int, int]]:
+def growth(num_steps: int, num_particles: int, reweighted: bool = False) -> list[tuple[int, int]]:
     """Numbers of particles, and of steps for each, of a run that starts cold.
 
     :param num_steps: number of steps in all.
     :param num_particles: K, the number of particles at each time step.
+    :param reweighted: whether a site of the guide learns by the reweighted gradient, which is noise with one particle.
     :return: pairs of a number of particles and a number of steps: a tenth of the steps with one particle, or 500 if that is
-        more and not above a third; a twentieth for each of the numbers growing fourfold; the rest with K.
+        more and not above a third; a twentieth for each of the numbers growing fourfold; the rest with K. Where a gradient is
+        reweighted the first number is 4.
 
     .. doctest::
 
         >>> from numpyro_pvmc.phases import growth
         >>> growth(6000, 64)
         [(1, 600), (4, 300), (16, 300), (64, 4800)]
+        >>> growth(6000, 32, reweighted=True)
+        [(4, 600), (8, 300), (32, 5100)]
     """
-    numbers = [num_particles]
-    while numbers[0] > 1:
-        numbers.insert(0, max(numbers[0] // 4, 1))
+    numbers, fewest = [num_particles], _FEWEST_REWEIGHTED if reweighted else 1
+    while numbers[0] > fewest:
+        numbers.insert(0, max(numbers[0] // 4, fewest))
     alone = max(num_steps // 10, min(num_steps // 3, 500))  # in 500 steps of 0.01 to 0.02 the guide comes near the data
     steps = [alone, *[num_steps // 20] * (len(numbers) - 2)][: len(numbers) - 1]
     steps.append(num_steps - sum(steps))

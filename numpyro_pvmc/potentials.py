@@ -12,6 +12,7 @@ start is a point of K equal particles, each of weight 1 / K. Discrete sites that
 stands at all their joint values, see :mod:`numpyro_pvmc.states`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -129,6 +130,7 @@ def propose(
         )
     if reweighted:
         live = log_density(params, fixed[1], lax.stop_gradient(drawn), reweighted)
+        live = live if num_particles > 1 else _without_gradient(live, reweighted)
         # Its value is that of the density, and its slope the opposite: the guide climbs log q where the weights are.
         log_q = log_q + 2 * lax.stop_gradient(live) - live
     node, edges, mask = weigh(chain, drawn, log_q, present)
@@ -170,6 +172,20 @@ def weigh(
             node = node.at[1:].add(jnp.where(present.sites[name], 0.0, -count)[..., None])
         mask = jnp.concatenate([jnp.ones((1, *present.steps.shape[1:]), bool), present.steps])
     return node, edges, mask
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _without_gradient(log_q, names):
+    """A log density of one particle, whose smoothing weight is 1 whatever the guide."""
+    return log_q
+
+
+@_without_gradient.defjvp
+def _(names, primals, tangents):
+    raise ValueError(
+        f"Sites {list(names)} have no gradient of their draws: the guide learns them from the weights of particles, and with "
+        "one particle every weight is 1. Train with `num_particles` of at least 2."
+    )
 
 
 def _slack(structure, num_particles):

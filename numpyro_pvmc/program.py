@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 from jax import random
 from numpyro.handlers import block, condition, seed, substitute, trace
@@ -18,6 +17,7 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 
 from numpyro_pvmc.laws import base_law
+from numpyro_pvmc.requests import check_static, is_array_of_numbers
 
 Site = dict[str, Any]
 Sites = dict[str, Site]
@@ -41,8 +41,8 @@ class Arguments:
 
     def tree_flatten(self):
         leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
-        is_array = tuple(map(_is_array_of_numbers, leaves))
-        static = tuple(None if array else _hashable(leaf) for leaf, array in zip(leaves, is_array, strict=True))
+        is_array = tuple(map(is_array_of_numbers, leaves))
+        static = tuple(None if array else check_static(leaf) for leaf, array in zip(leaves, is_array, strict=True))
         arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
         return arrays, (treedef, is_array, static)
 
@@ -71,19 +71,6 @@ def is_traced(tree: Any) -> bool:
     :param tree: a pytree.
     """
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
-
-
-def _is_array_of_numbers(leaf):
-    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV")
-
-
-def _hashable(leaf):
-    if not isinstance(leaf, Hashable) or (hasattr(leaf, "__array__") and not isinstance(leaf, np.generic)):
-        raise TypeError(
-            f"Arguments of the model and the guide must be arrays of numbers, or hashable Python values, but got a "
-            f"{type(leaf).__module__}.{type(leaf).__qualname__}. Convert data with `jax.numpy.asarray`."
-        )
-    return leaf
 
 
 class Scan(NamedTuple):

@@ -8,7 +8,6 @@ the points to the law (L'Ecuyer & Lemieux 2002).
 
 import functools
 import math
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from scipy.stats import qmc
 
 from numpyro_pvmc.laws import WRAPPERS
 from numpyro_pvmc.precise import precise
+from numpyro_pvmc.tracebacks import warn_caller
 
 PARTICLES = ("rqmc", "iid")
 
@@ -39,10 +39,9 @@ def check_particles(particles: str, num_particles: int) -> None:
         raise ValueError(f"`particles` must be one of {PARTICLES}, but got {particles!r}.")
     if particles == "rqmc" and num_particles & (num_particles - 1):
         near = 2 ** (num_particles.bit_length() - 1)
-        warnings.warn(
+        warn_caller(
             f"Quasi-random particles are even in numbers that are powers of two, but `num_particles` is {num_particles}. The "
             f"result stays unbiased; take {near} or {2 * near}, or `particles='iid'`.",
-            stacklevel=3,
         )
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.refinement import Proposal, propose_gaussian
 from numpyro_pvmc.refinement import refine as refine_proposal
 from numpyro_pvmc.smoothing import marginals
+from numpyro_pvmc.tracebacks import warn_caller
 
 
 class Source:
@@ -61,7 +61,7 @@ class Source:
         """
         given = self, posterior.model, posterior.arguments, posterior.params, posterior.temper
         drawn = _sample(rng_key, *given, sample_shape=tuple(sample_shape))
-        check_samples(drawn, lambda key, indices: _smooth(key, *given, indices), self.refine, posterior.temper, stacklevel=4)
+        check_samples(drawn, lambda key, indices: _smooth(key, *given, indices), self.refine, posterior.temper)
         return drawn.samples
 
 
@@ -208,7 +208,6 @@ def check_samples(
     refine: int,
     temper: float | jax.Array,
     resampled: bool = False,
-    stacklevel: int = 3,
 ) -> None:
     """Refuse draws that are no numbers, and say so if they should not be believed.
 
@@ -217,7 +216,6 @@ def check_samples(
     :param refine: for how many rounds proposals were refitted.
     :param temper: the power of transition densities in the first of them.
     :param resampled: whether global sites were resampled.
-    :param stacklevel: how many functions away the caller is who should read a warning.
     :raises ValueError: naming what is not a number; or sites of integers that cannot be drawn.
     """
     if is_traced(drawn):
@@ -227,12 +225,11 @@ def check_samples(
         explain(again(drawn.key[found.unknown.argmax()], drawn.indices))
     found = jax.tree.map(lambda x: x[chosen], found)
     refuse_integers(found)
-    warn(found, refine, temper, stacklevel + 1)
+    warn(found, refine, temper)
     number = math.prod(np.shape(drawn.chosen))
     if resampled and drawn.number < 0.1 * number:
-        warnings.warn(
+        warn_caller(
             f"Of {number} draws of the global sites {float(drawn.number):.1f} are effective after resampling: their guide is "
             "far from their posterior, or the estimates of the evidence vary much between draws. Train longer, take a guide "
             "with correlations (`AutoMultivariateNormal`), more particles or more `refine`, or leave `resample=False`.",
-            stacklevel=stacklevel,
         )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
 
@@ -166,6 +167,11 @@ def length_of(scan: Scan) -> int:
     leaves = jax.tree.leaves(scan.xs)
     if strange := [type(leaf).__name__ for leaf in leaves if not _is_array(leaf)]:
         raise ValueError(f"The inputs of `scan` must be arrays of numbers, but among them is a {strange[0]}.")
+    if numbers := [leaf for leaf in leaves if isinstance(leaf, np.generic | int | float | complex)]:
+        raise ValueError(
+            f"Among the inputs of `scan` are {len(numbers)} single numbers, as of a list, but they must be arrays with a "
+            "leading time axis. Convert a list of numbers with `jax.numpy.asarray(y)` before it is given to the model."
+        )
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in map(jnp.asarray, leaves)}
     lengths |= set() if scan.length is None else {scan.length}
     if len(lengths) != 1 or not min(lengths):
@@ -198,11 +204,17 @@ def _promoted_dtypes(old, new):
 
 
 def _check_carry(old, new):
-    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(carry)] for carry in (old, new)]
-    if shapes[0] != shapes[1] or jax.tree.structure(old) != jax.tree.structure(new):
+    structures = jax.tree.structure(old), jax.tree.structure(new)
+    if structures[0] != structures[1]:
         raise ValueError(
-            f"The carry of `scan` must keep its structure and shapes, but it starts with shapes {shapes[0]} and the step "
-            f"returns {shapes[1]}. Inside a plate, start the chain from a carry that has the plate's shape too."
+            f"The carry of `scan` must keep its structure, but it starts as {structures[0]} and the step returns "
+            f"{structures[1]}, where each * is an array. Return what the scan starts from: the same tuples, lists and names."
+        )
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(carry)] for carry in (old, new)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The carry of `scan` must keep its shapes, but it starts with shapes {shapes[0]} and the step returns "
+            f"{shapes[1]}. Start from arrays of the shapes that the step returns; inside a plate, these have its axis too."
         )
     for (path, before), after in zip(jax.tree.flatten_with_path(old)[0], jax.tree.leaves(new), strict=True):
         types = jnp.result_type(before), jnp.result_type(after)

@@ -1,7 +1,10 @@
-"""Leave out of a traceback the frames between a person's call and the line of a person's program that is at fault."""
+"""Point errors and warnings to the lines of a person's program: leave out the frames between these."""
 
+import contextlib
 import functools
+import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +12,7 @@ import jax
 import numpyro
 
 _OWN = str(Path(__file__).parent)
-_HIDDEN = (_OWN, str(Path(jax.__file__).parent), str(Path(numpyro.__file__).parent))
-_STANDARD = str(Path(functools.__file__).parent)
+_HIDDEN = (_OWN, *(str(Path(module.__file__).parent) for module in (jax, numpyro)), *(contextlib.__file__, functools.__file__))
 
 
 def with_short_tracebacks(method: Callable) -> Callable:
@@ -34,6 +36,17 @@ def with_short_tracebacks(method: Callable) -> Callable:
     return call
 
 
+def warn_caller(message: str) -> None:
+    """Warn whoever has called this library, at the line of that call.
+
+    :param message: what to say.
+    """
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and _is_hidden(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def _shorten(error: BaseException) -> None:
     """Take frames out of an error, and of those that it came from."""
     while error is not None:
@@ -43,7 +56,7 @@ def _shorten(error: BaseException) -> None:
             frames.append(traceback)
             traceback = traceback.tb_next
         if _is_of_program(frames):
-            kept = [frame for frame in frames[1:] if not _file_of(frame).startswith((*_HIDDEN, _STANDARD, "<"))]
+            kept = [frame for frame in frames[1:] if not _is_hidden(_file_of(frame))]
             shortened = None
             for frame in reversed(frames[:1] + kept):
                 shortened = types.TracebackType(shortened, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
@@ -54,7 +67,11 @@ def _shorten(error: BaseException) -> None:
 def _is_of_program(frames):
     """Whether the last frame is of this library, which has refused something, or a frame is of a person's program."""
     files = [_file_of(frame) for frame in frames[1:]]
-    return bool(files) and (files[-1].startswith(_OWN) or any(not f.startswith((*_HIDDEN, _STANDARD, "<")) for f in files))
+    return bool(files) and (files[-1].startswith(_OWN) or not all(map(_is_hidden, files)))
+
+
+def _is_hidden(file):
+    return file.startswith((*_HIDDEN, "<"))
 
 
 def _file_of(traceback):

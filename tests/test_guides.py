@@ -69,10 +69,11 @@ def test_a_model_parameter_rests_while_the_guide_warms_up():
     state = pvmc.init(random.key(0), Y)
     arguments = pvmc._arguments((Y,), {})
     chosen = {"num_particles": None, "frozen": (), "rounds": 10, "stable": False}
-    warm, _ = pvmc._compiled_updates(state, arguments, jnp.asarray(5), jnp.asarray(7), **chosen)
+    constraints = pvmc._constraints((Y,), {})
+    warm, _ = pvmc._compiled_updates(state, constraints, arguments, jnp.asarray(5), jnp.asarray(7), **chosen)
     assert pvmc.get_params(warm)["a"] == pvmc.get_params(state)["a"]
     assert (pvmc.get_params(warm)["auto_steps_mean"] != pvmc.get_params(state)["auto_steps_mean"]).all()
-    done, _ = pvmc._compiled_updates(state, arguments, jnp.asarray(8), jnp.asarray(7), **chosen)
+    done, _ = pvmc._compiled_updates(state, constraints, arguments, jnp.asarray(8), jnp.asarray(7), **chosen)
     assert pvmc.get_params(done)["a"] != pvmc.get_params(state)["a"]
 
 

@@ -236,9 +236,8 @@ def test_model_parameters_rest_while_there_is_one_particle():
     pvmc = PVMC(model, AutoNormal(model), num_particles=16)
     assert growth(3, 16)[0] == (1, 1)
     state = pvmc.init(jax.random.key(0), simulate(0, 6))
-    with_one, _ = pvmc._compiled_updates(
-        state, arguments_of(simulate(0, 6)), jnp.asarray(5), None, num_particles=1, frozen=("a",), rounds=None, stable=False
-    )
+    parts = state, pvmc._constraints((), {}), arguments_of(simulate(0, 6)), jnp.asarray(5), None
+    with_one, _ = pvmc._compiled_updates(*parts, num_particles=1, frozen=("a",), rounds=None, stable=False)
     assert pvmc.get_params(with_one)["a"] == 0.5
     assert (pvmc.get_params(with_one)["x_auto_loc"] != pvmc.get_params(state)["x_auto_loc"]).all()
     assert parameters_of_the_model(pvmc.model, pvmc.guide, arguments_of(simulate(0, 6)), pvmc.get_params(state)) == ("a",)
@@ -270,7 +269,8 @@ def test_stable_updates_survive_what_is_not_finite():
         scan(step, 0.0, y)
 
     pvmc = PVMC(model, lambda y: numpyro.sample("x", dist.Normal(numpyro.param("m", jnp.zeros(3)), 1.0)), num_particles=2)
-    result = pvmc.run(jax.random.key(0), 5, jnp.ones(3), progress_bar=False, stable_update=True)
+    with pytest.warns(UserWarning, match="5 of 5 updates were not finite, and were skipped"):
+        result = pvmc.run(jax.random.key(0), 5, jnp.ones(3), progress_bar=False, stable_update=True)
     assert np.isnan(result.losses).all()
     assert_array_equal(result.params["m"], np.zeros(3))
 

@@ -14,7 +14,8 @@ from numpyro.infer import SVI
 
 from conftest import few_particles
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
-from oracles import forward_backward
+from numpyro_pvmc.phases import growth
+from oracles import LinearGaussian, forward_backward, rts_smoother
 
 pytestmark = few_particles
 
@@ -22,8 +23,8 @@ Y = jnp.array([0.3, -0.5, 1.2, 0.4])
 PARAMS = {"loc": jnp.array([0.1, 0.1, 0.3, 0.5]), "log_scale": jnp.full(4, -0.3), "a": jnp.array(0.8)}
 
 
-def model(y):
-    a = numpyro.param("a", 0.8)
+def model(y, a=None):
+    a = numpyro.param("a", 0.8) if a is None else a
 
     def step(x_prev, y_t):
         x = numpyro.sample("x", dist.Normal(a * x_prev, 0.7))
@@ -50,6 +51,25 @@ def test_it_is_the_slope_of_log_q_over_the_smoothed_particles(x64):
     assert_allclose(found["loc"], -(weights * (x - loc) / scale**2).sum(1), rtol=1e-6)
     assert_allclose(found["log_scale"], -(weights * ((x - loc) ** 2 / scale**2 - 1)).sum(1), rtol=1e-6)
     assert_allclose(found["a"], slope(ImportanceSmoothedELBO(16, gradient="reparam"))["a"], rtol=1e-6)
+
+
+def test_the_default_growth_ends_at_the_exact_means():
+    """With one particle every weight is 1, and a phase of noise would take the guide away from the data."""
+    rng = np.random.default_rng(0)
+    y = 4.0 + rng.normal(size=12).cumsum()
+    one = np.eye(1)
+    law = LinearGaussian(np.array([0.5]), 0.0 * one, 0.8 * one, np.zeros(1), 0.49 * one, one, one)
+    exact = rts_smoother(law, np.concatenate([[np.nan], y])[:, None])
+
+    def normals(y, a):
+        loc, scale = numpyro.param("loc", jnp.zeros(12)), jnp.exp(numpyro.param("log_scale", jnp.zeros(12)))
+        numpyro.sample("x", dist.Normal(loc, scale))
+
+    pvmc = PVMC(model, normals, num_particles=16, gradient="reweighted", a=0.8)
+    params = pvmc.run(random.key(0), 1000, jnp.asarray(y), progress_bar=False).params
+    in_sd = (params["loc"] - exact.means[1:, 0]) / np.sqrt(exact.covariances[1:, 0, 0])
+    assert abs(in_sd).max() < 0.1
+    assert growth(1000, 16, reweighted=True) == [(4, 333), (16, 667)]
 
 
 TRANSITION = np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6]])
@@ -93,6 +113,16 @@ def test_a_guide_over_a_discrete_site_learns_the_exact_marginals(gradient):
     assert_allclose((samples == 2).mean(0), exact.weights[1:, 2], atol=0.03)
 
 
+def test_one_particle_teaches_a_guide_without_gradients_of_draws_nothing():
+    with pytest.raises(ValueError, match=r"`gradient='reweighted'` needs at least `num_particles=2`: .* every weight is 1"):
+        ImportanceSmoothedELBO(1, gradient="reweighted")
+    pvmc = PVMC(hidden_markov, state_guide, num_particles=1)
+    state = pvmc.init(random.key(0), jnp.asarray(SEEN))
+    assert np.isfinite(pvmc.evaluate(state, jnp.asarray(SEEN)))
+    with pytest.raises(ValueError, match=r"Sites \['s_0', 's'\] have no gradient of their draws.* Train with `num_particles`"):
+        pvmc.update(state, jnp.asarray(SEEN))
+
+
 def test_a_discrete_and_a_continuous_site_in_one_step():
     """A switch and a level: the plain bound of both, by two kinds of gradient, goes up."""
 
@@ -110,8 +140,8 @@ def test_a_discrete_and_a_continuous_site_in_one_step():
         numpyro.sample("s", dist.Bernoulli(logits=numpyro.param("logits", jnp.zeros(4))))
         numpyro.sample("x", dist.Normal(numpyro.param("loc", jnp.zeros(4)), 0.4))
 
-    pvmc = PVMC(switching, both, optax.adam(0.03), num_particles=16)
-    result = pvmc.run(random.key(0), 400, Y, progress_bar=False, grow=False)
+    pvmc = PVMC(switching, both, optax.adam(0.03), num_particles=4)  # the growth has no phase with fewer
+    result = pvmc.run(random.key(0), 400, Y, progress_bar=False)
     assert result.losses[-50:].mean() < result.losses[:5].mean() - 0.3
     assert_allclose(result.params["loc"], Y, atol=0.4)
     assert (abs(result.params["logits"]) > 0.05).all()

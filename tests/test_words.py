@@ -34,8 +34,9 @@ def chain(init, new_carry):
 
 CARRIES = {
     "a truth value that counts": (lambda: (0.0, False), lambda c, x: (x, c[1] + 1)),
-    "an integer array that becomes real": (lambda: (0.0, jnp.array(0)), lambda c, x: (x, c[1] + 0.5)),
+    "an integer array that becomes real": (lambda: (0.0, jnp.zeros((), int)), lambda c, x: (x, c[1] + 0.5)),
     "a number that becomes a vector": (lambda: (0.0, 0.0), lambda c, x: (x, jnp.zeros(2))),
+    "a list that becomes a tuple": (lambda: [0.0, 0.0], lambda c, x: (x, x)),
     "a state of integers": (lambda: np.int32(0), lambda c, x: x),
 }
 
@@ -45,7 +46,7 @@ def test_a_carry_that_numpyro_refuses(name):
     init, new = CARRIES[name]
     with pytest.raises(TypeError, match="carry"):  # NumPyro's own, of `jax.lax.scan`
         lax.scan(lambda c, _: (new(c, jnp.zeros(())), None), init(), None, length=2)
-    with pytest.raises((TypeError, ValueError), match="The carry of `scan` must keep its"):
+    with pytest.raises((TypeError, ValueError), match=r"The carry of `scan` must keep its (types|structure|shapes)"):
         PVMC(chain(init(), new)).init(random.key(0), Y)
 
 
