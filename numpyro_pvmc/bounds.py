@@ -9,13 +9,13 @@ numbers stay bounds. They may be traced.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 
 class Interval(NamedTuple):
@@ -91,12 +91,22 @@ def _evaluate(program: Jaxpr, consts, inputs):
     return [read(atom) for atom in program.outvars]
 
 
+def called_program(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
+    """The program that an operation does nothing but run, and its constants.
+
+    :param equation: an operation.
+    :return: ``None`` if it is an operation in its own right.
+    """
+    keys = _CALLS.get(equation.primitive.name, ())
+    called = next((equation.params[key] for key in keys if key in equation.params), None)
+    return (called.jaxpr, called.consts) if isinstance(called, ClosedJaxpr) else called and (called, ())
+
+
 def _results(equation, operands):
     """Bounds of the results of one operation, or their values."""
     name, params, results = equation.primitive.name, equation.params, [result.aval for result in equation.outvars]
-    if (inner := next((params[key] for key in _CALLS.get(name, ()) if key in params), None)) is not None:
-        program, consts = (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
-        return _evaluate(program, consts, operands)
+    if (called := called_program(equation)) is not None:
+        return _evaluate(*called, operands)
     if not any(map(is_interval, operands)):
         values = equation.primitive.bind(*operands, **params)
         return values if equation.primitive.multiple_results else [values]

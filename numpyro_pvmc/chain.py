@@ -21,6 +21,7 @@ from numpyro_pvmc.independence import check_independence
 from numpyro_pvmc.limits import Limits, Within, without_mass
 from numpyro_pvmc.program import Arguments, Scan, Site, Sites, log_prob, mask_of, run, run_body, signature
 from numpyro_pvmc.structure import Structure, per_series, time_rows
+from numpyro_pvmc.sums import read_through_sum
 from numpyro_pvmc.survey import capture, first
 
 
@@ -72,6 +73,7 @@ def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]
         :func:`numpyro_pvmc.independence.check_independence`.
     """
     structure = list_values(analyse(model, arguments, values), model, arguments, values)
+    structure = structure._replace(sum_of=read_through_sum(structure, model, arguments, values))
     check_independence(structure, model, arguments, values)
     return structure
 

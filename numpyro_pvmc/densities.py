@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from numpyro_pvmc.chain import Chain, after_scan, begin, log_density, sites_of_step, step, with_gradient_scale
+from numpyro_pvmc.convolution import edges_of_totals
 from numpyro_pvmc.counts import bounds_of_counts
 from numpyro_pvmc.dependence import influence
 from numpyro_pvmc.pairs import read_pair
@@ -47,13 +48,16 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
     check_size(structure, particles.number)
     particles = with_states(structure, particles)
     ends = _ends_of_counts(chain)
-    log_p, first_state, states = _nodes(chain, ends, particles)
+    chain_of_points = _chain_of_totals(chain) if structure.parts else chain
+    log_p, first_state, states = _nodes(chain_of_points, ends, particles)
     if structure.states:
         # What has no mass is evaluated where there is some: the slope of a density may be infinite where it is zero, as that of
         # a Poisson count at the rate zero is, and infinity times a weight of zero is nan.
-        log_p_alive, _, _ = _nodes(chain, ends, _with_mass(structure, particles, log_p))
+        log_p_alive, _, _ = _nodes(chain_of_points, ends, _with_mass(structure, particles, log_p))
         log_p = jnp.where(jnp.isneginf(log_p), -jnp.inf, log_p_alive)
     before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
+    if structure.parts:
+        return log_p, edges_of_totals(chain, before, particles.number)
     return log_p, _edges(chain, particles.number, (chain.inputs, before, particles.steps), put_together)
 
 
@@ -105,7 +109,18 @@ def _ends_of_counts(chain):
     if not counts:
         return {}
     found = bounds_of_counts(chain.structure, chain.model, chain.arguments, chain.values)
+    if chain.structure.parts:
+        mover, other = (site.name for site in chain.structure.parts)
+        return {mover: (found[mover].lower + found[other].lower, found[mover].upper + found[other].upper)}
     return {name: (found[name].lower, found[name].upper) for name in counts}
+
+
+def _chain_of_totals(chain):
+    """The chain in which the first of two counts that are read through their sum is that sum, and neither has a density."""
+    structure, (mover, other) = chain.structure, chain.structure.parts
+    nodes = tuple(name for name in structure.node_factors if name != other.name)
+    totals = tuple(site._replace(moves=site.name == mover.name) for site in structure.step_states)
+    return chain._replace(structure=structure._replace(node_factors=nodes, step_states=totals))
 
 
 def _edges(chain, number, inputs, put_together):

@@ -25,6 +25,7 @@ from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.smoothing import marginals
 from numpyro_pvmc.structure import Structure, refuse_unlisted
+from numpyro_pvmc.tracebacks import with_short_tracebacks
 
 
 @functools.partial(

@@ -14,13 +14,14 @@ from jax import random
 from numpyro_pvmc import export
 from numpyro_pvmc.axes import tidy, untidy
 from numpyro_pvmc.chain import read_chain
+from numpyro_pvmc.convolution import draw_parts, filtering_probabilities_of_parts, probabilities_of_parts
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.diagnostics import check_drawable
 from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.program import Arguments, is_traced, run
 from numpyro_pvmc.smoothing import Marginals, sample_backward
 from numpyro_pvmc.states import number_of_states, of_particles, probabilities, values_of_numbers
-from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.structure import Structure, align
 
 
 class Source(Protocol):
@@ -249,6 +250,11 @@ def smoothed_posterior(
         at_start = dict.fromkeys(structure.initial, log_weights[0])
         return at_start | dict.fromkeys(structure.step, log_weights[1:])
 
+    smoothed, filtered = (_probabilities(structure, x) for x in (weighed.log_weights, weighed.log_filtering_weights))
+    if structure.parts:
+        totals = structure, lattice.node, lattice.edges
+        smoothed |= probabilities_of_parts(*totals)
+        filtered |= filtering_probabilities_of_parts(*totals, weighed.log_filtering_weights)
     particles = {n: tidy(x, structure.initial[n], structure) for n, x in lattice.particles.initial.items()}
     particles |= {n: tidy(x, structure.step[n], structure) for n, x in lattice.particles.steps.items()}
     return SmoothedPosterior(
@@ -258,8 +264,8 @@ def smoothed_posterior(
         log_filtering_weights=by_site(weighed.log_filtering_weights),
         globals=lattice.globals,
         log_weight_globals=lattice.log_weight_globals,
-        state_probabilities=_probabilities(structure, weighed.log_weights),
-        filtering_state_probabilities=_probabilities(structure, weighed.log_filtering_weights),
+        state_probabilities=smoothed,
+        filtering_state_probabilities=filtered,
         present=None if lattice.mask is None else lattice.mask[1:],
         log_filtering=weighed.log_filtering_weights,
         arguments=chain.arguments,
@@ -290,8 +296,11 @@ def _sample(posterior, rng_key, sample_shape):
     key_paths, key_free = random.split(rng_key)
     numbers = sample_backward(key_paths, posterior.log_filtering, edges, mask, (math.prod(sample_shape),))
     states, is_possible = number_of_states(structure), posterior.log_normalizer > -jnp.inf
+    parts = {}
+    if structure.parts:
+        parts = draw_parts(random.fold_in(key_paths, 1), chain, edges.inputs, numbers, states)
 
-    def trajectory(numbers, rng_key):
+    def trajectory(numbers, parts, rng_key):
         sites = {}
         for name, x in posterior.particles.items():
             of_site = (numbers[1:] if name in structure.step else numbers[0]) // states
@@ -304,10 +313,12 @@ def _sample(posterior, rng_key, sample_shape):
                 picked = jnp.where(is_possible.reshape(*is_possible.shape, *(1,) * event), picked, jnp.nan)
             sites[name] = untidy(picked, structure.sites[name], structure)
         sites |= values_of_numbers(structure, numbers % states) | posterior.globals
+        for name, x in parts.items():
+            sites[name] = jnp.broadcast_to(align(x, structure.states[name], structure), sites[name].shape)
         values = posterior.params | sites
         return sites | derived(structure, posterior.model, posterior.arguments, values, rng_key)
 
-    samples = jax.vmap(trajectory)(numbers, random.split(key_free, len(numbers)))
+    samples = jax.vmap(trajectory)(numbers, parts, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
 
 

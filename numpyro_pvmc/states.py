@@ -65,6 +65,8 @@ def joint_values(structure: Structure, at_steps: bool) -> dict[str, np.ndarray]:
     :return: ``{site: (S, *batch, *event)}``, the same for all series; the last value is repeated where there are fewer.
     """
     sites = structure.step_states if at_steps else structure.initial_states
+    if at_steps and structure.parts:
+        return _totals(structure)
     number_of_states(structure)  # or there are too many to list
     supports = [support for site in sites for support in [site.support] * site.elements(structure.plates)]
     rows = np.array(list(itertools.product(*supports)), int).reshape(_number(sites, structure), len(supports))
@@ -76,6 +78,16 @@ def joint_values(structure: Structure, at_steps: bool) -> dict[str, np.ndarray]:
         values[site.name] = np.broadcast_to(of_one, (len(rows), *site.shape)).astype(site.dtype)
         first = last
     return values
+
+
+def _totals(structure):
+    """Counts that are read through their sum only: one stands for all of it, and the other for none."""
+    mover, other = structure.parts
+    least, number = min(mover.support) + min(other.support), number_of_states(structure)
+    totals = np.minimum(np.arange(number), _number(structure.step_states, structure) - 1) + least
+    totals = totals.reshape(-1, *(1,) * len(mover.shape))
+    values = {mover.name: totals, other.name: np.zeros_like(totals)}
+    return {site.name: np.broadcast_to(values[site.name], (number, *site.shape)).astype(site.dtype) for site in structure.parts}
 
 
 def has_value(structure: Structure) -> np.ndarray:
@@ -133,12 +145,13 @@ def probabilities(structure: Structure, log_weights: jax.Array) -> dict[str, jax
     :param structure: the structure of the chain.
     :param log_weights: logs of weights of the points of a lattice, shape ``(T + 1, *plates, K * S)``.
     :return: ``{site: (T, *plates, *event, number of values)}``, without T for initial sites; batch axes of more than one
-        element that are no plate count as event axes.
+        element that are no plate count as event axes. Counts that are read through their sum are not among them.
     """
     weights = jnp.exp(log_weights)
     weights = weights.reshape(*weights.shape[:-1], -1, number_of_states(structure)).sum(-2)
     found = {}
-    for sites, at_steps in ((structure.initial_states, False), (structure.step_states, True)):
+    # Of totals there are no probabilities of their parts.
+    for sites, at_steps in ((structure.initial_states, False), (() if structure.parts else structure.step_states, True)):
         values = joint_values(structure, at_steps)
         for site in sites:
             shape = site.shape_of_one(structure.plates)
@@ -152,6 +165,8 @@ def probabilities(structure: Structure, log_weights: jax.Array) -> dict[str, jax
 
 
 def _number(sites, structure):
+    if structure.parts and sites == structure.step_states:
+        return sum(len(site.support) for site in sites) - 1
     return math.prod(len(site.support) ** site.elements(structure.plates) for site in sites)
 
 

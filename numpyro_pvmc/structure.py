@@ -65,7 +65,8 @@ class Structure(NamedTuple):
     `initial_states` and `step_states`. `free_sites` are latent sites that nothing else reads: they have no density here, and
     are drawn from their own laws. `subsampled` are the plates that draw a minibatch. `carry_dtypes` are the types of the leaves
     of the carry. `by_value` are the arguments of the program whose numbers bound a count, by their places: with other numbers
-    the structure is another.
+    the structure is another. `sum_of` are two counts of a step of which all that is read is their sum; the density of the first
+    may read the state.
     """
 
     scan_index: int
@@ -88,6 +89,7 @@ class Structure(NamedTuple):
     initial_states: tuple[Latent, ...] = ()
     step_states: tuple[Latent, ...] = ()
     by_value: tuple[str, ...] = ()
+    sum_of: tuple[str, ...] = ()
 
     @property
     def initial(self) -> dict[str, Latent]:
@@ -134,6 +136,13 @@ class Structure(NamedTuple):
     def latents(self) -> dict[str, Latent]:
         """All latent sites of the chain, by name."""
         return {site.name: site for site in (*self.initial_latents, *self.step_latents)}
+
+    @property
+    def parts(self) -> tuple[Latent, ...]:
+        """Two counts of a step whose sum is summed over, in place of their pairs."""
+        of_name = {site.name: site for site in self.step_states}
+        is_all = bool(self.sum_of) and not self.step_sites and set(of_name) == set(self.sum_of)
+        return tuple(of_name[name] for name in self.sum_of) if is_all else ()
 
     @property
     def scale(self) -> float:

@@ -175,27 +175,53 @@ def test_counts_without_end_are_summed_up_to_the_declared_largest(x64):
 
 
 def open_mixture(y):
-    """Survivors and recruits, of whom only the sum is seen and goes on; the survivors bound by nothing but what is declared."""
+    """Survivors and recruits, of whom only the sum is seen and goes on."""
+    q = numpyro.param("q", 0.5)
+    series = numpyro.plate("series", 2)
 
     def step(previous, y_t):
-        s = numpyro.sample("s", dist.Binomial(previous, 0.8), infer={"max_count": 10})
-        g = numpyro.sample("g", dist.Poisson(1.5), infer={"max_count": 6})
-        numpyro.sample("y", dist.Binomial(s + g, 0.5), obs=y_t)
-        return s + g, s + g
+        with series:
+            s = numpyro.sample("s", dist.Binomial(previous, 0.8), infer={"max_count": 10})
+            g = numpyro.sample("g", dist.Poisson(1.5), infer={"max_count": 6})
+            numpyro.sample("y", dist.Binomial(s + g, q), obs=y_t)
+        return s + g, (s, g)
 
-    scan(step, numpyro.sample("n_0", dist.Poisson(4.0), infer={"max_count": 12}), y)
+    with series:
+        n_0 = numpyro.sample("n_0", dist.Poisson(4.0), infer={"max_count": 12})
+    scan(step, n_0, y)
+
+
+def all_paths(y, q):
+    """Masses of all ``[n_0, s, g, s, g]`` of two steps."""
+    n_0, s, g, s_2, g_2 = np.ogrid[:13, :11, :7, :11, :7]
+    first = (
+        stats.poisson.pmf(n_0, 4.0) * stats.binom.pmf(s, n_0, 0.8) * stats.poisson.pmf(g, 1.5) * stats.binom.pmf(y[0], s + g, q)
+    )
+    second = stats.binom.pmf(s_2, s + g, 0.8) * stats.poisson.pmf(g_2, 1.5) * stats.binom.pmf(y[1], s_2 + g_2, q)
+    return first, first * second
 
 
 @pytest.mark.filterwarnings("ignore:The count")
 def test_an_open_mixture(x64):
-    y = jnp.array([2, 3, 1])
-    pairs = [[stats.binom.pmf(NEW - g, OLD, 0.8) * (NEW - g <= 10) * stats.poisson.pmf(g, 1.5)] for g in range(7)]
-    moves, emissions = np.sum(pairs, (0, 1)), stats.binom.pmf(np.array(y)[:, None], N, 0.5)
-    log_z, weights = sum_counts(stats.poisson.pmf(N, 4.0) * (N <= 12), [moves] * 3, emissions)
-    posterior = exact_posterior(open_mixture, {}, y)
-    assert_allclose(posterior.log_normalizer, log_z, rtol=1e-10)
-    mean = posterior.state_probabilities["s"] @ N[:11] + posterior.state_probabilities["g"] @ N[:7]
-    assert_allclose(mean, weights @ N, rtol=1e-8)
+    y = jnp.array([[2, 6], [3, 4]])
+    posterior = exact_posterior(open_mixture, {"q": 0.5}, y)
+    draws = posterior.sample(jax.random.key(0), (20_000,))
+    assert posterior.log_filtering.shape[-1] == 17  # totals, and not pairs
+    for k in range(2):
+        first, paths = all_paths(np.array(y)[:, k], 0.5)
+        assert_allclose(posterior.log_normalizer[k], np.log(paths.sum()), rtol=1e-10)
+        smoothed, filtered, joint = paths / paths.sum(), first / first.sum(), paths.sum((0, 1, 2)) / paths.sum()
+        for name, axes in (("s", (1, 3)), ("g", (2, 4))):
+            of_site = [smoothed.sum(tuple({0, 1, 2, 3, 4} - {axis})) for axis in axes]
+            assert_allclose(posterior.state_probabilities[name][:, k], of_site, atol=1e-10)
+            early = filtered.sum(tuple({0, 1, 2, 3, 4} - {axes[0]}))
+            assert_allclose(posterior.filtering_state_probabilities[name][0, k], early, atol=1e-10)
+        product = np.asarray(draws["s"] * draws["g"])[:, 1, k]
+        expected = (joint * np.outer(np.arange(11), np.arange(7))).sum()
+        assert abs(product.mean() - expected) < 4 * product.std() / np.sqrt(len(product))
+    gradient = jax.grad(lambda q: exact_posterior(open_mixture, {"q": q}, y).log_normalizer.sum())(0.5)
+    evidence = lambda q: sum(np.log(all_paths(np.array(y)[:, k], q)[1].sum()) for k in range(2))
+    assert_allclose(gradient, slope(evidence, 0.5), rtol=1e-6)
 
 
 def chain_binomial(y):
