@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,16 @@ import jax
 import numpyro
 from jax import random
 from numpyro.handlers import block, seed, substitute, trace
-from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from numpyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 
 from numpyro_pvmc.chain import Structures
 from numpyro_pvmc.guides import AutoSmoothedNormal
-from numpyro_pvmc.minibatch import minibatch_plates
+from numpyro_pvmc.minibatch import minibatch_plates, subsampled
 from numpyro_pvmc.prior import to_prior_median
 from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.survey import capture
+
+_MOST_TOGETHER = 50  # numbers whose correlations are learnt
 
 
 class AutoStateSpace(AutoGuide):
@@ -26,8 +30,9 @@ class AutoStateSpace(AutoGuide):
 
     :param model: a NumPyro program with a chain.
     :param parameters: takes a model and returns a guide, such as the automatic guides of NumPyro do; it is given a model that
-        has the global sites only. Parameters that are correlated want
-        :class:`numpyro.infer.autoguide.AutoMultivariateNormal`.
+        has the global sites only, and starts at the medians of their priors unless it is told `init_loc_fn`. By default
+        :class:`numpyro.infer.autoguide.AutoMultivariateNormal`, since parameters of a chain are seldom independent; or
+        :class:`numpyro.infer.autoguide.AutoNormal` for more than 50 numbers, and under plates that draw minibatches.
     :param states: takes a model and returns a guide for its chain. Choices of a guide's own can be given with
         :func:`functools.partial`.
     :param prefix: begins the names of parameters and state.
@@ -58,12 +63,13 @@ class AutoStateSpace(AutoGuide):
     def __init__(
         self,
         model: Callable,
-        parameters: Callable[..., Callable] = AutoNormal,
+        parameters: Callable[..., Callable] | None = None,
         states: Callable[..., Callable] = AutoSmoothedNormal,
         *,
         prefix: str = "auto",
     ):
-        for name, make in (("parameters", parameters), ("states", states)):
+        given = {"states": states} if parameters is None else {"parameters": parameters, "states": states}
+        for name, make in given.items():
             if isinstance(make, AutoGuide) or not callable(make):
                 raise TypeError(
                     f"`{name}` must take a model and return a guide, as `AutoNormal` does, but got a {type(make).__name__}. "
@@ -71,10 +77,7 @@ class AutoStateSpace(AutoGuide):
                 )
         super().__init__(model, prefix=prefix)
         self.states = states(model, prefix=prefix)
-        of_parameters = block(seed(model, 0), hide_fn=self._is_no_parameter)
-        self.parameters = parameters(of_parameters, prefix=prefix, **_start_of(parameters))
-        if isinstance(self.parameters, AutoGuide):
-            self.parameters.create_plates = self._plates  # those it makes itself keep the size of the first minibatch
+        self.parameters = None if parameters is None else self._guide_of_parameters(parameters)
         self._structures = Structures(model)
         self._names: tuple[str, ...] = ()
 
@@ -91,6 +94,8 @@ class AutoStateSpace(AutoGuide):
         with substitute(data=indices):  # both guides see one minibatch
             if structure.global_sites:
                 self._names = structure.global_sites
+                if self.parameters is None:
+                    self.parameters = self._guide_of_parameters(_fitting(structure, self.model, Arguments(args, kwargs)))
                 with trace() as sites:
                     values = dict(self.parameters(*args, **kwargs))
             if structure.sites:
@@ -135,6 +140,13 @@ class AutoStateSpace(AutoGuide):
         of_states = lambda guide: args if guide is self.states else ()
         return self._of_both(lambda guide: guide.quantiles(params, quantiles, *of_states(guide), **kwargs))
 
+    def _guide_of_parameters(self, make):
+        of_parameters = block(seed(self.model, 0), hide_fn=self._is_no_parameter)
+        guide = make(of_parameters, prefix=self.prefix, **_start_of(make))
+        if isinstance(guide, AutoGuide):
+            guide.create_plates = self._plates  # those it makes itself keep the size of the first minibatch
+        return guide
+
     def _sample_states(self, args, kwargs, centre):
         if isinstance(self.states, AutoSmoothedNormal):
             return self.states.sample(Arguments(args, kwargs), centre)
@@ -158,6 +170,17 @@ class AutoStateSpace(AutoGuide):
 
     def _is_no_parameter(self, site):
         return site["type"] != "plate" and site.get("name") not in self._names
+
+
+def _fitting(structure, model, arguments):
+    """The kind of guide for the global sites of a model."""
+
+    def look(arguments):
+        _, outside = capture(model, arguments, {}, structure.scan_index)
+        return [outside[name]["value"] for name in structure.global_sites]
+
+    number = sum(math.prod(value.shape) for value in jax.eval_shape(look, arguments))
+    return AutoNormal if number > _MOST_TOGETHER or subsampled(structure) else AutoMultivariateNormal
 
 
 def _start_of(parameters):

@@ -17,7 +17,15 @@ from numpyro_pvmc.coordinates import Coordinates, to_coordinates
 from numpyro_pvmc.program import run
 from numpyro_pvmc.survey import capture
 
-to_prior_median = init_to_median(num_samples=255)  # an odd number, so that the median is one of them
+
+def to_prior_median(site=None):
+    """An initialisation strategy: the median of the prior, of more draws than NumPyro's own takes; a value given stays.
+
+    :param site: a site, as NumPyro's strategies take it.
+    """
+    if site is None:
+        return functools.partial(to_prior_median)  # the kind of thing NumPyro looks into
+    return init_to_median(site, num_samples=255) if site["value"] is None else None
 
 
 def at_medians(chain: Chain) -> Chain:
