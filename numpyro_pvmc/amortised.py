@@ -16,10 +16,11 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger, mutable
 
 from numpyro_pvmc.chain import Structures, read_chain
-from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
+from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates
 from numpyro_pvmc.minibatch import minibatch_plates
 from numpyro_pvmc.moments import Moments, spread
 from numpyro_pvmc.observed import observations
+from numpyro_pvmc.prior import at_medians, prior_coordinates
 from numpyro_pvmc.program import Arguments
 from numpyro_pvmc.refinement import sample_proposal
 from numpyro_pvmc.structure import Structure
@@ -334,6 +335,7 @@ def _by_series(network, features, out_features):
 
 def _prior_spread(chain):
     """Place and width of coordinates under the model's prior, over all times and series."""
+    chain = at_medians(chain)
     structure, coordinates = chain.structure, coordinates_of_model(chain)
     points = structure.length * math.prod(plate.size for plate in structure.plates)
     number = min(max(_PRIOR_POINTS // max(points, 1), 4), 256)

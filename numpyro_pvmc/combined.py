@@ -1,19 +1,25 @@
 """A guide for states and one for parameters in, a guide for both out."""
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpyro
 from jax import random
-from numpyro.handlers import block, seed, substitute
-from numpyro.infer.autoguide import AutoGuide, AutoNormal
+from numpyro.handlers import block, seed, substitute, trace
+from numpyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 
 from numpyro_pvmc.chain import Structures
 from numpyro_pvmc.guides import AutoSmoothedNormal
-from numpyro_pvmc.minibatch import minibatch_plates
+from numpyro_pvmc.minibatch import minibatch_plates, subsampled
+from numpyro_pvmc.prior import to_prior_median
 from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.survey import capture
+
+_MOST_TOGETHER = 50  # numbers whose correlations are learnt
 
 
 class AutoStateSpace(AutoGuide):
@@ -24,8 +30,9 @@ class AutoStateSpace(AutoGuide):
 
     :param model: a NumPyro program with a chain.
     :param parameters: takes a model and returns a guide, such as the automatic guides of NumPyro do; it is given a model that
-        has the global sites only. Parameters that are correlated want
-        :class:`numpyro.infer.autoguide.AutoMultivariateNormal`.
+        has the global sites only, and starts at the medians of their priors unless it is told `init_loc_fn`. By default
+        :class:`numpyro.infer.autoguide.AutoMultivariateNormal`, since parameters of a chain are seldom independent; or
+        :class:`numpyro.infer.autoguide.AutoNormal` for more than 50 numbers, and under plates that draw minibatches.
     :param states: takes a model and returns a guide for its chain. Choices of a guide's own can be given with
         :func:`functools.partial`.
     :param prefix: begins the names of parameters and state.
@@ -56,12 +63,13 @@ class AutoStateSpace(AutoGuide):
     def __init__(
         self,
         model: Callable,
-        parameters: Callable[..., Callable] = AutoNormal,
+        parameters: Callable[..., Callable] | None = None,
         states: Callable[..., Callable] = AutoSmoothedNormal,
         *,
         prefix: str = "auto",
     ):
-        for name, make in (("parameters", parameters), ("states", states)):
+        given = {"states": states} if parameters is None else {"parameters": parameters, "states": states}
+        for name, make in given.items():
             if isinstance(make, AutoGuide) or not callable(make):
                 raise TypeError(
                     f"`{name}` must take a model and return a guide, as `AutoNormal` does, but got a {type(make).__name__}. "
@@ -69,9 +77,7 @@ class AutoStateSpace(AutoGuide):
                 )
         super().__init__(model, prefix=prefix)
         self.states = states(model, prefix=prefix)
-        self.parameters = parameters(block(seed(model, 0), hide_fn=self._is_no_parameter), prefix=prefix)
-        if isinstance(self.parameters, AutoGuide):
-            self.parameters.create_plates = self._plates  # those it makes itself keep the size of the first minibatch
+        self.parameters = None if parameters is None else self._guide_of_parameters(parameters)
         self._structures = Structures(model)
         self._names: tuple[str, ...] = ()
 
@@ -82,15 +88,18 @@ class AutoStateSpace(AutoGuide):
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         structure = self._structures(Arguments(args, kwargs))
-        values = {}
+        values, sites = {}, {}
         with minibatch_plates(structure) as indices:
             pass  # the plates are only to draw the indices: each guide enters plates of its own
         with substitute(data=indices):  # both guides see one minibatch
             if structure.global_sites:
                 self._names = structure.global_sites
-                values = dict(self.parameters(*args, **kwargs))
+                if self.parameters is None:
+                    self.parameters = self._guide_of_parameters(_fitting(structure, self.model, Arguments(args, kwargs)))
+                with trace() as sites:
+                    values = dict(self.parameters(*args, **kwargs))
             if structure.sites:
-                values |= self.states(*args, **kwargs)
+                values |= self._sample_states(args, kwargs, functools.partial(self._centre, sites, values))
         return values
 
     def sample_posterior(
@@ -131,6 +140,26 @@ class AutoStateSpace(AutoGuide):
         of_states = lambda guide: args if guide is self.states else ()
         return self._of_both(lambda guide: guide.quantiles(params, quantiles, *of_states(guide), **kwargs))
 
+    def _guide_of_parameters(self, make):
+        of_parameters = block(seed(self.model, 0), hide_fn=self._is_no_parameter)
+        guide = make(of_parameters, prefix=self.prefix, **_start_of(make))
+        if isinstance(guide, AutoGuide):
+            guide.create_plates = self._plates  # those it makes itself keep the size of the first minibatch
+        return guide
+
+    def _sample_states(self, args, kwargs, centre):
+        if isinstance(self.states, AutoSmoothedNormal):
+            return self.states.sample(Arguments(args, kwargs), centre)
+        return self.states(*args, **kwargs)
+
+    def _centre(self, sites, drawn):
+        """Medians of the global sites under their guide; what it drew, if it has none."""
+        params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
+        try:
+            return {name: x for name, x in self.parameters.median(params).items() if name in self._names}
+        except (AttributeError, NotImplementedError):
+            return drawn
+
     def _of_both(self, function):
         values = dict(function(self.parameters)) if self._names else {}
         return values | function(self.states)
@@ -141,6 +170,31 @@ class AutoStateSpace(AutoGuide):
 
     def _is_no_parameter(self, site):
         return site["type"] != "plate" and site.get("name") not in self._names
+
+
+def _fitting(structure, model, arguments):
+    """The kind of guide for the global sites of a model."""
+
+    def look(arguments):
+        _, outside = capture(model, arguments, {}, structure)
+        return [outside[name]["value"] for name in structure.global_sites]
+
+    number = sum(math.prod(value.shape) for value in jax.eval_shape(look, arguments))
+    return AutoNormal if number > _MOST_TOGETHER or subsampled(structure) else AutoMultivariateNormal
+
+
+def _start_of(parameters):
+    """Where a guide of global sites starts that is not told: at the medians of their priors, near which chains are sane.
+
+    The strategy of most automatic guides is the interval from -2 to 2: at an autoregressive coefficient of 2 a chain of a
+    hundred steps has no numbers.
+    """
+    told = parameters.keywords if isinstance(parameters, functools.partial) else {}
+    try:
+        takes = "init_loc_fn" in inspect.signature(parameters).parameters
+    except (TypeError, ValueError):
+        takes = False
+    return {"init_loc_fn": to_prior_median} if takes and "init_loc_fn" not in told else {}
 
 
 def automatic_guide(model: Callable) -> AutoStateSpace:

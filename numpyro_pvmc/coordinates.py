@@ -23,7 +23,7 @@ from numpyro_pvmc.densities import Particles
 from numpyro_pvmc.laws import WRAPPERS
 from numpyro_pvmc.moments import Moments, dense
 from numpyro_pvmc.precise import precise
-from numpyro_pvmc.program import Arguments, log_densities, run
+from numpyro_pvmc.program import Arguments, log_densities
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.structure import Latent, Structure, per_series, refuse_unlisted
 
@@ -115,30 +115,6 @@ def log_jacobians(structure: Structure, blocks: tuple[Block, ...], coordinates: 
         volume = block.transform.log_abs_det_jacobian(unconstrained, block.transform(unconstrained))
         volumes[block.latent.name] = per_series(volume, structure.plates)
     return volumes
-
-
-def prior_coordinates(
-    chain: Chain, coordinates: Coordinates, rng_key: jax.Array, number: int, strategy: Callable | None = None
-) -> tuple[jax.Array | None, jax.Array]:
-    """Coordinates of draws from the prior.
-
-    :param chain: the chain of the model.
-    :param coordinates: coordinates of its sites.
-    :param rng_key: random key.
-    :param number: how many draws.
-    :param strategy: one of NumPyro's initialisation strategies to take values from instead.
-    :return: arrays of shape ``(number, N, *plates, D)``, for the beginning and for the steps; ``None`` for a chain without
-        sites at its beginning.
-    """
-    model = chain.model if strategy is None else substitute(chain.model, substitute_fn=strategy)
-
-    def draw(rng_key):
-        sites = run(model, chain.arguments, chain.values, rng_key)
-        values = {name: sites[name]["value"] for name in chain.structure.sites}
-        initial = to_coordinates(coordinates.initial, values)[None] if coordinates.initial else None
-        return initial, to_coordinates(coordinates.steps, values)
-
-    return jax.vmap(draw)(random.split(rng_key, number))
 
 
 @precise

@@ -11,7 +11,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import mutable
 
 from numpyro_pvmc.chain import Chain, Structures, read_chain
-from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates, prior_coordinates
+from numpyro_pvmc.coordinates import Coordinates, Proposal, coordinates_of_model, from_coordinates
 from numpyro_pvmc.laplace import laplace
 from numpyro_pvmc.minibatch import (
     coordinates_of_all,
@@ -24,6 +24,7 @@ from numpyro_pvmc.minibatch import (
 from numpyro_pvmc.moments import Moments, dense, diagonal, spread
 from numpyro_pvmc.potentials import Lattice
 from numpyro_pvmc.precise import precise
+from numpyro_pvmc.prior import at_medians, prior_coordinates
 from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.refinement import refitted, sample_proposal, unless_worse
 
@@ -120,6 +121,16 @@ class AutoSmoothedNormal(AutoGuide):
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         arguments = Arguments(args, kwargs)
+        return self.sample(arguments, dict)
+
+    def sample(self, arguments: Arguments, global_values: Callable[[], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        """Sample the sites of the chain.
+
+        :param arguments: what the model is called with.
+        :param global_values: returns values of global sites, by name; asked for when there is no state yet, which is then the
+            prior given these. Global sites without one are at the medians of their priors.
+        :return: values of the sites.
+        """
         structure = self._structures(arguments)
         if not structure.sites:
             return {}
@@ -134,7 +145,7 @@ class AutoSmoothedNormal(AutoGuide):
             state = {name: mutable(name) for name in names}
             if any(value is None for value in state.values()):
                 first = jax.jit(lambda *read: self.start(read_chain(structure, self.model, *read)))
-                state = {name: mutable(name, value) for name, value in first(arguments, indices).items()}
+                state = {name: mutable(name, value) for name, value in first(arguments, indices | global_values()).items()}
             self._check_shape(state[names[-1]], chain.structure)
             if not is_traced([block.transform for block in (*coordinates.initial, *coordinates.steps)]):
                 totals = tuple(plate.total for plate in structure.plates)
@@ -145,9 +156,11 @@ class AutoSmoothedNormal(AutoGuide):
     def start(self, chain: Chain) -> dict[str, jax.Array]:
         """The state before any data have been seen; that of all series, if the chain is one of a minibatch.
 
-        :param chain: the chain of the model, at the parameters to start from.
+        :param chain: the chain of the model, at the parameters to start from. Global sites that are not among its values are
+            put at the medians of their priors.
         :return: mutable state, by name.
         """
+        chain = at_medians(chain)
         coordinates = coordinates_of_model(chain)
         draws = prior_coordinates(chain, coordinates, random.key(0), _DRAWS)
         proposal = Proposal(*(None if part is None else spread(part) for part in draws))

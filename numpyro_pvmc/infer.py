@@ -34,7 +34,8 @@ class PVMC(CheckedSVI):
     :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
     :param guide: a NumPyro program that samples the chain's sites with a leading time axis, independently over time, such as
         :class:`numpyro.infer.autoguide.AutoNormal`; by default :class:`numpyro_pvmc.AutoSmoothedNormal` with full
-        covariances, which has nothing to train, and :class:`numpyro.infer.autoguide.AutoNormal` for global sites, if any.
+        covariances, which has nothing to train, and a Gaussian guide for global sites, if any
+        (:class:`numpyro_pvmc.AutoStateSpace`).
     :param optim: an optimiser of NumPyro or Optax; Adam with a slowly decaying step by default.
     :param loss: an objective; by default ``ImportanceSmoothedELBO`` with the four choices below.
     :param num_particles: K, the number of particles at each time step.
