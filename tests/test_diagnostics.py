@@ -1,8 +1,5 @@
 """What is said of posteriors that are no numbers, of impossible data, or rest on few particles; and by whom nothing is said."""
 
-import functools
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,10 +113,9 @@ def test_a_covariance_that_single_precision_makes_indefinite():
         exact_posterior(integrated, {}, *short_step())
     with pytest.raises(ValueError, match=says):
         PVMC(integrated, num_particles=4).posterior(KEY, {}, *short_step())
-    # Compiled, values come back.
-    assert np.isnan(jax.jit(lambda *data: exact_posterior(integrated, {}, *data).log_normalizer)(*short_step()))
 
 
+@pytest.mark.slow
 def test_the_same_covariance_in_double_precision(x64):
     assert_allclose(exact_posterior(integrated, {}, *short_step()).log_normalizer, -14.50878, atol=1e-5)
 
@@ -173,9 +169,6 @@ def test_an_impossible_series_is_said_aloud_and_spoils_no_other():
         assert np.isnan(ours["growth"][:, 1]).all()
         assert np.isfinite(ours["growth"][:, 0]).all()
         assert others is None or np.allclose(ours["growth"][:, 0], others["growth"][:, 0], rtol=1e-5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.isneginf(jax.jit(lambda *data: pvmc.posterior(KEY, {}, *data).log_normalizer)(*data)[1])
 
 
 def hidden_states(y):
@@ -200,6 +193,9 @@ def test_states_of_an_impossible_series_are_not_drawn():
     assert_allclose(probabilities[0, 0], [5 / 9, 4 / 9, 0.0], rtol=1e-5)
     assert_allclose(filtering[0], [[5 / 7, 2 / 7, 0.0], [0.0, 0.0, 1.0]], rtol=1e-5)
     assert np.isnan(filtering[1:, 1]).all()
+    # Compiled, values come back, and nothing is said.
+    again = jax.jit(lambda y: exact_posterior(hidden_states, {}, y).log_normalizer)(jnp.array([[0, 0], [1, 1], [0, 0]]))
+    assert_allclose(again, posterior.log_normalizer, rtol=1e-6)
     with pytest.raises(ValueError, match=r"^The sites \['s'\] cannot be drawn in series 1 of plate 'series'.*at time 1"):
         posterior.sample(KEY)
 
@@ -224,14 +220,10 @@ def wide(y):
 Y = jnp.array([0.1, 0.2, 0.3, 0.2])
 
 
-@functools.cache
-def wide_pvmc(num_particles):
-    return PVMC(walk, wide, num_particles=num_particles)
-
-
 def test_few_particles_are_said_aloud_once():
+    pvmc = PVMC(walk, wide, num_particles=64)
     with pytest.warns(UserWarning, match=r"^The effective sample size of site 'x' .*refine=15") as all_said:
-        posterior = wide_pvmc(64).posterior(KEY, {}, Y)
+        posterior = pvmc.posterior(KEY, {}, Y)
     sizes = np.asarray(posterior.effective_sample_size()["x"])
     low = sizes < 3.2
     assert low.any()
@@ -243,14 +235,13 @@ def test_few_particles_are_said_aloud_once():
     assert f"(least {sizes.min():.1f})" in str(said.message)
     assert said.filename == __file__
     with pytest.warns(UserWarning, match="in the worst of 7 draws of the global sites") as all_said:
-        wide_pvmc(64).sample_posterior(KEY, {}, Y, sample_shape=(7,))
+        pvmc.sample_posterior(KEY, {}, Y, sample_shape=(7,))
     assert len(all_said) == 1
     assert all_said[0].filename == __file__
 
 
-def test_of_two_particles_and_while_compiling_nothing_is_said():
-    assert (wide_pvmc(2).posterior(KEY, {}, Y).effective_sample_size()["x"] < 1.5).any()
-    jax.jit(lambda y: wide_pvmc(64).posterior(KEY, {}, y).log_normalizer)(Y)
+def test_of_two_particles_nothing_is_said():
+    assert (PANEL.posterior(KEY, PARAMS, *SOUND.values()).effective_sample_size()["x"] < 1.5).any()
 
 
 def test_a_bad_start_at_the_mode_is_left_for_the_prior():
@@ -270,13 +261,13 @@ def test_a_bad_start_at_the_mode_is_left_for_the_prior():
 
     y = jnp.zeros((4, 2))
 
-    def start(init):
-        pvmc = PVMC(model, AutoSmoothedNormal(model, init=init), num_particles=128)
-        return pvmc.get_params(pvmc.init(KEY, y))["auto_steps_mean"]
-
-    prior, chosen = start("prior"), start("laplace")
-    assert_allclose(chosen[:, 0], prior[:, 0], atol=1e-6)
+    pvmc = PVMC(model, AutoSmoothedNormal(model, init="laplace"), num_particles=128)
+    params = pvmc.get_params(pvmc.init(KEY, y))
+    mean, factor = (params[f"auto_steps_{of}"][..., 0] for of in ("mean", "factor"))
+    # The narrow mode has a standard deviation of about 0.1, the prior one of 1 and more.
+    assert (factor[:, 0] > 0.8).all()
     # Of a Gaussian chain the mode is the smoothed mean.
     precision = np.diag(np.full(4, 1 + 4 + 0.25)) - 0.5 * (np.eye(4, k=1) + np.eye(4, k=-1))
     precision[-1, -1] -= 0.25
-    assert_allclose(chosen[:, 1, 0], np.linalg.solve(precision, np.full(4, -8.0)), atol=1e-3)
+    assert_allclose(mean[:, 1], np.linalg.solve(precision, np.full(4, -8.0)), atol=1e-3)
+    assert_allclose(factor[:, 1] ** 2, np.diag(np.linalg.inv(precision)), rtol=1e-3)
