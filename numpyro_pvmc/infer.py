@@ -1,6 +1,7 @@
 """A program, a guide, data in; trained parameters and the smoothed posterior out."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -274,6 +275,7 @@ class PVMC(SVI):
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
         posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
+        posterior = dataclasses.replace(posterior, model=self.model, arguments=jax.tree.map(jnp.asarray, arguments))
         if refine and not is_traced(posterior):
             warn_of_collapse(posterior)
         return posterior
@@ -383,7 +385,9 @@ class PVMC(SVI):
         return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
 
     def _posterior(self, rng_key, params, arguments, temper, refine):
-        return smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
+        posterior = smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
+        # JAX never forgets the structure of a compiled function's result, and what is static in it.
+        return dataclasses.replace(posterior, model=None, arguments=None)
 
     def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
         parts = self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper, sample_shape, resample

@@ -12,6 +12,7 @@ import numpy as np
 from jax import random
 
 from numpyro_pvmc.chain import read_chain
+from numpyro_pvmc.compiled import for_each_model
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.potentials import Lattice, align
 from numpyro_pvmc.program import Arguments, run
@@ -141,7 +142,7 @@ class SmoothedPosterior:
         :return: ``{site: (*sample_shape, T, ...)}`` in the shapes that the model gives its sites, with the global sites and
             the deterministic sites of the model; what :class:`numpyro.infer.Predictive` takes.
         """
-        return _sample(self, rng_key, tuple(sample_shape))
+        return _sample(self.model, dataclasses.replace(self, model=None), rng_key, tuple(sample_shape))
 
     def to_arviz(self, rng_key: jax.Array | None = None, num_samples: int = 1000, time: Any = None) -> Any:
         """Convert to ArviZ data: joint trajectories as draws, with coordinates for time and plates.
@@ -213,11 +214,11 @@ def smoothed_posterior(lattice: Lattice, weighed: Marginals) -> SmoothedPosterio
     )
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _sample(posterior, rng_key, sample_shape):
+@for_each_model(static_argnum=3)
+def _sample(model, posterior, rng_key, sample_shape):
     structure = posterior.structure
     values = posterior.params | posterior.globals
-    chain = read_chain(structure, posterior.model, posterior.arguments, values)
+    chain = read_chain(structure, model, posterior.arguments, values)
     native = {n: untidy(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
     particles = Particles({n: native[n] for n in structure.initial}, {n: native[n] for n in structure.step})
     _, edges = target(chain, particles)
@@ -238,7 +239,7 @@ def _sample(posterior, rng_key, sample_shape):
             sites[name] = untidy(picked, structure.sites[name], structure)
         sites |= _values_of_states(structure, numbers % states) | posterior.globals
         values = posterior.params | sites
-        return sites | derived(structure, posterior.model, posterior.arguments, values, rng_key)
+        return sites | derived(structure, model, posterior.arguments, values, rng_key)
 
     samples = jax.vmap(trajectory)(numbers, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
