@@ -11,6 +11,7 @@ from jax import random
 from numpyro.distributions import constraints
 
 from numpyro_pvmc.chain import at_all_steps, begin, presence, read_chain, read_structure, step, unmasked
+from numpyro_pvmc.compiled import for_each_model
 from numpyro_pvmc.counts import reads_numbers
 from numpyro_pvmc.faults import Flaws, any_of, first_place, flaws, reason, series
 from numpyro_pvmc.frozen import Held
@@ -90,7 +91,7 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
     :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site and the first time.
     """
-    seen = _numbers(_look, structure, model, arguments, values)
+    seen = _numbers(_look, model, structure, arguments, values)
     drawn = None
     if _has_nan(arguments) or any(site.impossible.any() for site in seen.in_scan.values()):
         drawn = _draw(structure, model, arguments, values)
@@ -209,8 +210,8 @@ def _check_masks(structure, masks):
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _look(structure, model, arguments, values):
+@for_each_model(static_argnum=1)
+def _look(model, structure, arguments, values):
     chain = read_chain(structure, model, arguments, values)
     plates = [plate.size for plate in structure.plates]
 
@@ -234,7 +235,7 @@ def _look(structure, model, arguments, values):
 
 
 def _draw(structure, model, arguments, values):
-    return _numbers(_look_at_draws, structure, model, arguments, values)
+    return _numbers(_look_at_draws, model, structure, arguments, values)
 
 
 def _numbers(function, *args):
@@ -244,8 +245,8 @@ def _numbers(function, *args):
         return jax.tree.map(np.asarray, function(*args))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _look_at_draws(structure, model, arguments, values):
+@for_each_model(static_argnum=1)
+def _look_at_draws(model, structure, arguments, values):
     chain = read_chain(structure, model, arguments, values)
     latent = {site.name for site in structure.step_latents}
 

@@ -13,6 +13,7 @@ from jax import random
 from numpyro.handlers import condition
 
 from numpyro_pvmc.chain import read_chain, read_structure
+from numpyro_pvmc.compiled import for_each_model
 from numpyro_pvmc.data import check_data, check_distributions
 from numpyro_pvmc.diagnostics import check_posterior, health
 from numpyro_pvmc.explanation import refuse_nan
@@ -120,7 +121,7 @@ class ExactPosterior:
         :return: ``{site: (*sample_shape, T, ...)}`` in the shapes that the model gives its sites, with the global sites and
             the deterministic sites of the model; what :class:`numpyro.infer.Predictive` takes.
         """
-        return _sample(self, rng_key, tuple(sample_shape))
+        return _sample(self.model, dataclasses.replace(self, model=None), rng_key, tuple(sample_shape))
 
 
 @with_short_tracebacks
@@ -172,11 +173,15 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
         check_linear_gaussian(structure, model, arguments, params)
     if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)
+    # JAX never forgets the structure of a compiled function's result, and what is static in it.
+    outside = {"model": model, "arguments": jax.tree.map(jnp.asarray, arguments)}
     if not finite.sites:
-        posterior, found = _sum(finite, model, arguments, params)
+        posterior, found = _sum(model, finite, arguments, params)
+        posterior = dataclasses.replace(posterior, structure=finite, **outside)
         check_posterior(posterior, found)
         return posterior
-    posterior, partly = _condition(structure, model, arguments, params)
+    posterior, partly = _condition(model, structure, arguments, params)
+    posterior = dataclasses.replace(posterior, **outside)
     for name, is_partly_masked in partly.items():
         if not is_traced(is_partly_masked) and is_partly_masked:
             raise ValueError(
@@ -210,10 +215,10 @@ def _check_numbers(posterior):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@for_each_model(static_argnum=1)
 @precise
-def _condition(structure, model, arguments, params):
-    """The posterior, and which latent sites are masked in part."""
+def _condition(model, structure, arguments, params):
+    """The posterior, without model and arguments, and which latent sites are masked in part."""
     chain = read_chain(structure, model, arguments, params)
     rows, present, partly = matrices(chain)
     smooth_all = smooth
@@ -230,39 +235,42 @@ def _condition(structure, model, arguments, params):
         backward=backward,
         globals={name: params[name] for name in structure.global_sites},
         present=present,
-        arguments=arguments,
+        arguments=None,
         params=params,
         kind="linear-Gaussian",
         structure=structure,
-        model=model,
+        model=None,
     )
     return posterior, partly
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@for_each_model(static_argnum=1)
 @precise
-def _sum(structure, model, arguments, params):
-    """The posterior of a chain with discrete states only."""
-    model = condition(model, {name: params[name] for name in structure.global_sites})
+def _sum(model, structure, arguments, params):
+    """The posterior of a chain with discrete states only, without model and arguments."""
+    global_values = {name: params[name] for name in structure.global_sites}
+    model = condition(model, global_values)
     structure = structure._replace(global_sites=(), global_factors=(*structure.global_factors, *structure.global_sites))
     lattice = propose(random.key(0), structure, model, lambda *args, **kwargs: None, arguments, params, 1)
     posterior = smoothed_posterior(lattice, marginals(lattice.node, lattice.edges, lattice.mask))
-    return posterior, health(posterior)
+    rest = {name: x for name, x in posterior.params.items() if name not in global_values}
+    found = health(posterior)
+    return dataclasses.replace(posterior, globals=global_values, params=rest, model=None, arguments=None), found
 
 
 def _variances(means, covariances):
     return {n: jnp.diagonal(x, axis1=-2, axis2=-1).reshape(means[n].shape) for n, x in covariances.items()}
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@for_each_model(static_argnum=3)
 @precise
-def _sample(posterior, rng_key, sample_shape):
+def _sample(model, posterior, rng_key, sample_shape):
     (offset, _, _), structure = posterior.backward, posterior.structure
     key_noise, key_free = random.split(rng_key)
 
     def draw(noise, rng_key):
         sites = native(trajectory(posterior.backward, noise), structure) | posterior.globals
-        return sites | derived(structure, posterior.model, posterior.arguments, posterior.params | sites, rng_key)
+        return sites | derived(structure, model, posterior.arguments, posterior.params | sites, rng_key)
 
     number = math.prod(sample_shape)
     noise = random.normal(key_noise, (number, *offset.shape), offset.dtype)

@@ -1,6 +1,5 @@
 """Find out why a posterior is not a number, and say so by name."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ from jax import lax
 
 from numpyro_pvmc.axes import untidy
 from numpyro_pvmc.chain import read_chain, sites_after_scan, sites_at_start, sites_of_step
+from numpyro_pvmc.compiled import for_each_model
 from numpyro_pvmc.densities import Particles, with_states
 from numpyro_pvmc.faults import Flaws, any_of, at_point, first_place, flaws, reason, series
 from numpyro_pvmc.program import Arguments, log_prob
@@ -60,7 +60,7 @@ def explain(posterior: Weighted) -> None:
     refuse_nan("the parameter", posterior.params)
     refuse_nan("the guide's draw of the global site", posterior.globals)
     _refuse_particles(posterior)
-    of_chain, outside = jax.tree.map(np.asarray, _look(structure, posterior.model, posterior.arguments, *_values(posterior)))
+    of_chain, outside = jax.tree.map(np.asarray, _look(posterior.model, structure, posterior.arguments, *_values(posterior)))
     faults = {name: Fault(where, found, last) for name, (where, found, last) in of_chain.items() if where.any()}
     if faults:
         point = lambda fault: int(fault.last) + 1 - len(fault.where) + first_place(fault.where)[0]
@@ -131,8 +131,8 @@ def _values(posterior):
     return posterior.params | posterior.globals, native
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _look(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], particles: dict[str, jax.Array]):
+@for_each_model(static_argnum=1)
+def _look(model: Callable, structure: Structure, arguments: Arguments, values: dict[str, Any], particles: dict[str, jax.Array]):
     """Faults of the sites of the chain at its particles, by name; whether those outside of it have any."""
     chain = read_chain(structure, model, arguments, values)
     parts = ({name: particles[name] for name in sites} for sites in (structure.initial, structure.step))

@@ -1,6 +1,7 @@
 """A program, a guide, data in; trained parameters and the smoothed posterior out."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -247,6 +248,7 @@ class PVMC(CheckedSVI):
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
         posterior, found = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
+        posterior = self._whole(posterior, arguments, refine)
         check_posterior(posterior, found, refine, temper)
         return posterior
 
@@ -279,9 +281,16 @@ class PVMC(CheckedSVI):
         requests.check_sample_shape(sample_shape)
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
-        choices = {"sample_shape": tuple(sample_shape), "refine": refine, "resample": resample}
+        return self._draw(rng_key, params, arguments, tuple(sample_shape), refine, temper, resample)
+
+    def _draw(self, rng_key, params, arguments, sample_shape, refine, temper, resample=False):
+        choices = {"sample_shape": sample_shape, "refine": refine, "resample": resample}
         drawn = self._compiled_sample(rng_key, params, arguments, temper, **choices)
-        again = lambda key, indices: self._compiled_posterior(key, params | indices, arguments, temper, refine=refine)[0]
+
+        def again(key, indices):
+            posterior, _ = self._compiled_posterior(key, params | indices, arguments, temper, refine=refine)
+            return self._whole(posterior, arguments, refine)
+
         check_samples(drawn, again, refine, temper, resample)
         return drawn.samples
 
@@ -314,9 +323,14 @@ class PVMC(CheckedSVI):
         return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
 
     def _posterior(self, rng_key, params, arguments, temper, refine):
-        loss = self._lattice_loss()
-        posterior = smooth(rng_key, self.model, self.guide, arguments, params, loss, refine, temper)
-        return posterior, health(posterior)
+        posterior = smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
+        # JAX never forgets the structure of a compiled function's result, and what is static in it.
+        return dataclasses.replace(posterior, model=None, arguments=None), health(posterior)
+
+    def _whole(self, posterior, arguments, refine):
+        """A posterior with what is static in it."""
+        arguments = jax.tree.map(jnp.asarray, arguments)
+        return dataclasses.replace(posterior, model=self.model, arguments=arguments, source=Source(self, refine))
 
     def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
         parts = self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper, sample_shape, resample
@@ -326,3 +340,32 @@ class PVMC(CheckedSVI):
         if isinstance(self.loss, ImportanceSmoothedELBO):
             return self.loss
         raise TypeError(f"The posterior needs the loss `ImportanceSmoothedELBO`, but here it is {type(self.loss).__name__}.")
+
+
+class Source:
+    """What a posterior was made by: it makes others, given other draws of the global sites. Two are equal if it is the same.
+
+    :param pvmc: an inference.
+    :param refine: number of rounds in which the guide's Gaussians were refitted.
+    """
+
+    def __init__(self, pvmc: PVMC, refine: int):
+        self.pvmc, self.refine = pvmc, refine
+
+    def __eq__(self, other):
+        return isinstance(other, Source) and other.pvmc is self.pvmc and other.refine == self.refine
+
+    def __hash__(self):
+        return hash((id(self.pvmc), self.refine))
+
+    def sample(self, rng_key: jax.Array, posterior: SmoothedPosterior, sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Draw trajectories, and global sites afresh for each; see :meth:`PVMC.sample_posterior`.
+
+        :param rng_key: random key.
+        :param posterior: a posterior that was made by this.
+        :param sample_shape: how many to draw.
+        :return: ``{site: (*sample_shape, ...)}``.
+        :raises ValueError: if a density is not a number, or a series is impossible whose sites are integers.
+        """
+        given = posterior.params, posterior.arguments, sample_shape, self.refine, posterior.temper
+        return self.pvmc._draw(rng_key, *given)

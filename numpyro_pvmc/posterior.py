@@ -14,6 +14,7 @@ from jax import random
 from numpyro_pvmc import export
 from numpyro_pvmc.axes import tidy, untidy
 from numpyro_pvmc.chain import read_chain
+from numpyro_pvmc.compiled import for_each_model
 from numpyro_pvmc.convolution import draw_parts, filtering_probabilities_of_parts, probabilities_of_parts
 from numpyro_pvmc.densities import Particles, target
 from numpyro_pvmc.diagnostics import check_drawable
@@ -170,7 +171,7 @@ class SmoothedPosterior:
             and a site has integer values.
         """
         check_drawable(self)
-        return _sample(self, rng_key, tuple(sample_shape))
+        return _sample(self.model, dataclasses.replace(self, model=None, source=None), rng_key, tuple(sample_shape))
 
     def to_arviz(self, rng_key: jax.Array | None = None, num_samples: int = 1000, time: Any = None) -> Any:
         """Convert to ArviZ data: joint trajectories as draws, with coordinates for time and plates.
@@ -232,14 +233,11 @@ def given(values: dict[str, jax.Array], what: str = "one draw") -> str:
     return f"\n  given {what} of the global sites {names}" if values else ""
 
 
-def smoothed_posterior(
-    lattice: Lattice, weighed: Marginals, source: Source | None = None, temper: float | jax.Array = 1.0
-) -> SmoothedPosterior:
+def smoothed_posterior(lattice: Lattice, weighed: Marginals, temper: float | jax.Array = 1.0) -> SmoothedPosterior:
     """Weigh the particles of a lattice.
 
     :param lattice: particles and potentials.
     :param weighed: the marginals of its potentials.
-    :param source: what the posterior was made with.
     :param temper: the power of transition densities in the first round of refitting.
     :return: the posterior.
     """
@@ -273,7 +271,7 @@ def smoothed_posterior(
         temper=temper,
         structure=structure,
         model=chain.model,
-        source=source,
+        source=None,
     )
 
 
@@ -283,11 +281,11 @@ def _probabilities(structure, log_weights):
     return probabilities(structure, jnp.where(is_possible, log_weights, jnp.nan)) if structure.states else {}
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _sample(posterior, rng_key, sample_shape):
+@for_each_model(static_argnum=3)
+def _sample(model, posterior, rng_key, sample_shape):
     structure = posterior.structure
     values = posterior.params | posterior.globals
-    chain = read_chain(structure, posterior.model, posterior.arguments, values)
+    chain = read_chain(structure, model, posterior.arguments, values)
     native = {n: untidy(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
     particles = Particles({n: native[n] for n in structure.initial}, {n: native[n] for n in structure.step})
     _, edges = target(chain, particles)
@@ -316,7 +314,7 @@ def _sample(posterior, rng_key, sample_shape):
         for name, x in parts.items():
             sites[name] = jnp.broadcast_to(align(x, structure.states[name], structure), sites[name].shape)
         values = posterior.params | sites
-        return sites | derived(structure, posterior.model, posterior.arguments, values, rng_key)
+        return sites | derived(structure, model, posterior.arguments, values, rng_key)
 
     samples = jax.vmap(trajectory)(numbers, parts, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}

@@ -148,8 +148,7 @@ def _both_ways(node, edge, mask, blocks):
     """
     function, inputs = lazy(edge)
     first = jax.tree.map(lambda leaf: leaf[0], inputs)
-    function, constants = jax.closure_convert(function, first)
-    function, held = _with_held(function, first, *constants)
+    function, constants, held = _converted(function, first)
     leaves, treedef = jax.tree.flatten(inputs)
     is_real = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
     real, fixed = ([leaf for leaf, is_kind in zip(leaves, is_real, strict=True) if is_kind == kind] for kind in (True, False))
@@ -157,7 +156,7 @@ def _both_ways(node, edge, mask, blocks):
     def of_transition(real, fixed, constants, held):
         real, fixed = iter(real), iter(fixed)
         inputs = jax.tree.unflatten(treedef, [next(real) if is_kind else next(fixed) for is_kind in is_real])
-        return function(held, inputs, *constants)
+        return function(constants, held, inputs)
 
     def there(node, real, constants, fixed, held, mask):
         edge = lambda one: of_transition(*one, constants, held)
@@ -225,22 +224,26 @@ def _plus(total, lost, more):
     return added, jax.tree.map(lambda lost, *terms: lost + taken(*terms), lost, total, more, added)
 
 
-def _with_held(function, *example):
-    """A function of what it closes over as well, as its first argument, and that.
+def _converted(function, example):
+    """A function of what it closes over as well, if that is traced: first what has derivatives, then what has none.
 
-    `jax.closure_convert` leaves out what has no derivative, such as a random key. But the backward pass outlives the trace
-    that such a tracer belongs to.
+    The backward pass outlives the trace that such a tracer belongs to. `jax.closure_convert` passes on the former only, not a
+    random key, and never forgets the function, nor what that closes over.
     """
-    program = jax.make_jaxpr(function)(*example)
-    is_held = [isinstance(constant, jax.core.Tracer) for constant in program.consts]
+    program = jax.make_jaxpr(function)(example)
+    kinds = [
+        isinstance(x, jax.core.Tracer) and ("constants" if jnp.issubdtype(x.dtype, jnp.inexact) else "held")
+        for x in program.consts
+    ]
 
-    def of_all(held, *args):
-        held = iter(held)
-        constants = [next(held) if is_kind else known for is_kind, known in zip(is_held, program.consts, strict=True)]
-        (result,) = jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(*jax.tree.leaves(args))
+    def of_all(constants, held, inputs):
+        given = {"constants": iter(constants), "held": iter(held)}
+        consts = [next(given[kind]) if kind else known for kind, known in zip(kinds, program.consts, strict=True)]
+        (result,) = jaxpr_as_fun(ClosedJaxpr(program.jaxpr, consts))(*jax.tree.leaves(inputs))
         return result
 
-    return of_all, [constant for constant, is_kind in zip(program.consts, is_held, strict=True) if is_kind]
+    of_kind = lambda kind: [x for x, own in zip(program.consts, kinds, strict=True) if own == kind]
+    return of_all, of_kind("constants"), of_kind("held")
 
 
 def backward(

@@ -1,6 +1,5 @@
 """A program, a guide, parameters and data in; the smoothed posterior out."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,43 +25,6 @@ from numpyro_pvmc.refinement import Proposal, propose_gaussian
 from numpyro_pvmc.refinement import refine as refine_proposal
 from numpyro_pvmc.smoothing import marginals
 from numpyro_pvmc.tracebacks import warn_caller
-
-
-class Source:
-    """The guide and the choices that a posterior was made with.
-
-    Two are equal if they have the same objects, which need not be hashable.
-
-    :param guide: a NumPyro program.
-    :param loss: an objective.
-    :param refine: number of rounds in which the guide's Gaussians were refitted.
-    """
-
-    def __init__(self, guide: Callable, loss: ImportanceSmoothedELBO, refine: int):
-        self.guide, self.loss, self.refine = guide, loss, refine
-
-    def __eq__(self, other):
-        return isinstance(other, Source) and self._identity() == other._identity()
-
-    def __hash__(self):
-        return hash(self._identity())
-
-    def _identity(self):
-        return id(self.guide), id(self.loss), self.refine
-
-    def sample(self, rng_key: jax.Array, posterior: SmoothedPosterior, sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
-        """Draw trajectories, and global sites afresh for each; see :meth:`numpyro_pvmc.PVMC.sample_posterior`.
-
-        :param rng_key: random key.
-        :param posterior: a posterior that was made with this.
-        :param sample_shape: how many to draw.
-        :return: ``{site: (*sample_shape, ...)}``.
-        :raises ValueError: if a density is not a number, or a series is impossible whose sites are integers.
-        """
-        given = self, posterior.model, posterior.arguments, posterior.params, posterior.temper
-        drawn = _sample(rng_key, *given, sample_shape=tuple(sample_shape))
-        check_samples(drawn, lambda key, indices: _smooth(key, *given, indices), self.refine, posterior.temper)
-        return drawn.samples
 
 
 def smooth(
@@ -99,7 +61,7 @@ def smooth(
     else:
         lattice = propose(rng_key, structure, model, guide, arguments, params, loss.num_particles, particles=loss.particles)
     weighed = marginals(lattice.node, lattice.edges, lattice.mask, loss.method)
-    return smoothed_posterior(lattice, weighed, Source(guide, loss, refine), temper)
+    return smoothed_posterior(lattice, weighed, temper)
 
 
 def _refined(rng_key, structure, model, guide, arguments, params, form, loss, refine, temper):
@@ -181,16 +143,6 @@ def sample(
         samples = {name: x[chosen] for name, x in samples.items()}
     samples = {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
     return Sampled(samples, effective_size(weights), chosen, *of_posteriors, indices)
-
-
-@functools.partial(jax.jit, static_argnames=("source", "model", "sample_shape"))
-def _sample(rng_key, source, model, arguments, params, temper, sample_shape):
-    return sample(rng_key, model, source.guide, arguments, params, source.loss, source.refine, temper, sample_shape)
-
-
-@functools.partial(jax.jit, static_argnames=("source", "model"))
-def _smooth(rng_key, source, model, arguments, params, temper, indices):
-    return smooth(rng_key, model, source.guide, arguments, params | indices, source.loss, source.refine, temper)
 
 
 def _systematic(rng_key, weights):

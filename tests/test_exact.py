@@ -621,3 +621,23 @@ def test_global_sites_given_by_condition(x64):
     assert_allclose(posterior.log_normalizer, given.log_normalizer, rtol=1e-12)
     assert given.globals == GLOBALS
     assert given.sample(jax.random.key(0), (3,))["slope"].shape == (3,)
+
+
+def test_draws_of_a_finite_chain_have_its_global_sites():
+    """Without them `Predictive` would draw them anew."""
+
+    def model(y):
+        level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+
+        def step(z_prev, y_t):
+            z = numpyro.sample("z", dist.Categorical(jnp.array([[0.7, 0.3], [0.2, 0.8]])[z_prev]))
+            numpyro.sample("y", dist.Normal(level + z, 1.0), obs=y_t)
+            return z, None
+
+        scan(step, 0, y)
+
+    posterior = exact_posterior(model, {"level": 0.3}, jnp.zeros(4))
+    assert posterior.globals == {"level": 0.3}
+    samples = posterior.sample(jax.random.key(0), (3,))
+    assert_allclose(samples["level"], 0.3)
+    assert samples["z"].shape == (3, 4)
