@@ -271,7 +271,7 @@ class PVMC(CheckedSVI):
         importance weights, where Z is the estimate of the evidence: as the number of draws grows the joint law becomes the
         posterior, whatever the guide. That serves a few global sites, not hundreds.
 
-        The other arguments are those of :meth:`posterior`.
+        The other arguments, errors and warnings are those of :meth:`posterior`.
 
         :param sample_shape: how many to draw.
         :param resample: whether to correct the law of the global sites by importance resampling.
