@@ -188,6 +188,7 @@ def sum_counts(initial, moves, emissions):
 
     initial: (S,) before the first step. moves: (T, S, S) from, to; not normalised where mass is left out. emissions: (T, S).
     """
+    moves = np.asarray(moves)
     forward, log_z, before = [], 0.0, np.asarray(initial)
     for move, emission in zip(moves, emissions, strict=True):
         now = before @ move * emission

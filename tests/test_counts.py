@@ -291,17 +291,42 @@ def panel(y, present, seen, most=(7, 12)):
 @in_both_precisions
 def test_series_with_bounds_of_their_own_that_end_and_miss_data(tolerance):
     y = np.array([[2, 3], [1, 4], [3, 6], [0, 5]])
-    present = np.arange(4)[:, None] < np.array([4, 3])
+    present = np.arange(4)[:, None] < np.array([3, 4])
     seen = present & (np.arange(4)[:, None] != 1)
     arguments = jnp.asarray(y), jnp.asarray(present), jnp.asarray(seen)
     with pytest.warns(UserWarning, match="The count 'n' is its `max_count`"):
         posterior = exact_posterior(panel, {}, *arguments)
-    for k, (start, most, length) in enumerate(((4, 7, 4), (9, 12, 3))):
+    for k, (start, most, length) in enumerate(((4, 7, 3), (9, 12, 4))):
         moves = stats.poisson.pmf(NEW, 0.7 * OLD + 1) * (most >= NEW)
         emissions = np.where(seen[:length, k, None], stats.binom.pmf(y[:length, k, None], N, 0.6), 1.0)
         log_z, weights = sum_counts(stats.binom.pmf(N, start, 0.8), [moves] * length, emissions)
         assert_allclose(posterior.log_normalizer[k], log_z, rtol=10 * tolerance)
         assert_allclose(posterior.state_probabilities["n"][:length, k], weights[:, :13], atol=10 * tolerance)
+
+
+def visits(y, total, open_):
+    """A count that some steps do not have, beside a state that all have."""
+
+    def step(previous, now):
+        y_t, total_t, open_t = now
+        b = numpyro.sample("b", dist.Bernoulli(0.3 + 0.4 * previous))
+        with handlers.mask(mask=open_t):
+            a = numpyro.sample("a", dist.Binomial(total_t, 0.5))
+        numpyro.sample("y", dist.Normal(jnp.where(open_t, a, 0) + b, 1.0), obs=y_t)
+        return b, None
+
+    scan(step, 0, (y, total, open_))
+
+
+def test_a_count_that_a_step_lacks_is_one_value(x64):
+    y, total, open_ = np.array([1.2, 0.4, 2.1]), np.array([4, 2, 3]), np.array([True, False, True])
+    posterior = exact_posterior(visits, {}, jnp.asarray(y), jnp.asarray(total), jnp.asarray(open_))
+    b, a = np.arange(2), np.arange(5)[:, None]
+    seen = [(stats.binom.pmf(a, n, 0.5) * stats.norm.pdf(y_t, a + b, 1.0)).sum(0) for y_t, n in zip(y, total, strict=True)]
+    emissions = np.where(open_[:, None], seen, stats.norm.pdf(y[:, None], b, 1.0))
+    log_z, weights = sum_counts([1.0, 0.0], [[[0.7, 0.3], [0.3, 0.7]]] * 3, emissions)
+    assert_allclose(posterior.log_normalizer, log_z, rtol=1e-10)
+    assert_allclose(posterior.state_probabilities["b"], weights, atol=1e-10)
 
 
 def mixed(y):
