@@ -60,8 +60,8 @@ def warn_of_ending(losses: Any, start: int, params: dict[str, Any], skipped: int
     elif rise := _rise(losses[start:]):
         before, after, size = rise
         _warn(
-            f"The loss ends above where it began: its mean is {after:.5g} over the last {size} steps, and {before:.5g} over the "
-            f"first {size} of this objective (from step {start + 1}). Take smaller steps, or more particles."
+            f"The loss ends above where it began: its mean is {after:.5g} over the last {size} steps, and {before:.5g} in the "
+            f"first {size} of this objective (from step {start + 1}): take smaller steps, or more particles."
         )
 
 

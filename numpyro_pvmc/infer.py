@@ -20,6 +20,7 @@ from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, 
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model
 from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
+from numpyro_pvmc.switches import of_the_library
 
 
 class PVMC(CheckedSVI):
@@ -276,10 +277,12 @@ class PVMC(CheckedSVI):
             warn_of_few_draws(number, sample_shape)
         return samples
 
+    @of_the_library
     def _update(self, state, constraints, arguments, stable):
         update = SVI.stable_update if stable else SVI.update
         return update(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
+    @of_the_library
     def _evaluate(self, state, constraints, arguments):
         return SVI.evaluate(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
@@ -302,11 +305,13 @@ class PVMC(CheckedSVI):
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
         dtype = jax.eval_shape(lambda: self._update(state, constraints, arguments, stable)[1]).dtype
-        return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
+        return lax.fori_loop(0, count, body, (state, jnp.zeros(MOST_AT_ONCE, dtype)))
 
+    @of_the_library
     def _posterior(self, rng_key, params, arguments, temper, refine):
         return smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
 
+    @of_the_library
     def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
         parts = self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper, sample_shape, resample
         return sample(rng_key, *parts)
