@@ -20,7 +20,7 @@ from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, 
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import Arguments, is_traced, parameters_of_the_model
 from numpyro_pvmc.smoother import sample, smooth, warn_of_collapse, warn_of_few_draws
-from numpyro_pvmc.switches import of_the_library
+from numpyro_pvmc.switches import of_the_library, where_nan_means_missing
 
 
 class PVMC(CheckedSVI):
@@ -238,7 +238,8 @@ class PVMC(CheckedSVI):
         requests.check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
-        posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
+        with where_nan_means_missing():  # a posterior has the data with it
+            posterior = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
         if refine and not is_traced(posterior):
             warn_of_collapse(posterior)
         return posterior
