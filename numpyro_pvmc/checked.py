@@ -24,6 +24,7 @@ from numpyro_pvmc.program import Arguments, is_traced, run, signature
 from numpyro_pvmc.proposal import Form, check_guide, refuse_discrete
 from numpyro_pvmc.resume import Expected, check_state, expected, precision
 from numpyro_pvmc.structure import Structure
+from numpyro_pvmc.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.tracebacks import with_short_tracebacks
 
 
@@ -67,6 +68,7 @@ class CheckedSVI(SVI):
             of_precision.append(looks)
         return state
 
+    @of_the_library
     def _checked_init(self, rng_key, args, kwargs, init_params):
         if not isinstance(self.loss, ImportanceSmoothedELBO):
             return super().init(rng_key, *args, init_params=init_params, **kwargs)
@@ -74,12 +76,13 @@ class CheckedSVI(SVI):
         arguments, params = self._arguments(args, kwargs), init_params or {}
         known_for = signature((rng_key, arguments, params))
         structure, constrain_fn = self._known.get(known_for, (None, None))
-        if structure is None:
-            # Before NumPyro looks: what cannot be read has a name here.
-            structure = read_structure(self.model, arguments, params)
-            refuse_discrete(structure, self.model, self.guide)
-        if not is_traced((arguments, params)):
-            self._look_at_data(arguments, params, structure)
+        with where_nan_means_missing():
+            if structure is None:
+                # Before NumPyro looks: what cannot be read has a name here.
+                structure = read_structure(self.model, arguments, params)
+                refuse_discrete(structure, self.model, self.guide)
+            if not is_traced((arguments, params)):
+                self._look_at_data(arguments, params, structure)
         if constrain_fn is None:
             state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
             constrain_fn = self.constrain_fn
@@ -125,6 +128,7 @@ class CheckedSVI(SVI):
         own.constrain_fn = functools.partial(transform_fn, *constraints.args)
         return own
 
+    @of_the_library
     def _look_first(self, rng_key, arguments, params):
         """Look at what is given, unless something is being compiled."""
         requests.check_key(rng_key)
@@ -132,7 +136,8 @@ class CheckedSVI(SVI):
         if is_traced((rng_key, arguments, params)):
             return
         check_finite(params)
-        structure, is_new = self._look_at_data(arguments, params)
+        with where_nan_means_missing():
+            structure, is_new = self._look_at_data(arguments, params)
         check_indices(structure, params)
         if is_new and not self._known and not self._sets_up_by_shapes(structure):
             run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers

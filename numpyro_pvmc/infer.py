@@ -22,6 +22,7 @@ from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, 
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import is_traced, parameters_of_the_model
 from numpyro_pvmc.smoother import check_samples, sample, smooth
+from numpyro_pvmc.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.tracebacks import with_short_tracebacks
 
 
@@ -247,7 +248,8 @@ class PVMC(CheckedSVI):
         requests.check_refinement(refine, temper)
         arguments = self._arguments(args, kwargs)
         self._look_first(rng_key, arguments, params)
-        posterior, found = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
+        with where_nan_means_missing():
+            posterior, found = self._compiled_posterior(rng_key, params, arguments, temper, refine=refine)
         posterior = self._whole(posterior, arguments, refine)
         check_posterior(posterior, found, refine, temper)
         return posterior
@@ -294,10 +296,12 @@ class PVMC(CheckedSVI):
         check_samples(drawn, again, refine, temper, resample)
         return drawn.samples
 
+    @of_the_library
     def _update(self, state, constraints, arguments, stable):
         update = SVI.stable_update if stable else SVI.update
         return update(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
+    @of_the_library
     def _evaluate(self, state, constraints, arguments):
         return SVI.evaluate(self._at(state, constraints), state, *arguments.args, **arguments.kwargs)
 
@@ -320,8 +324,9 @@ class PVMC(CheckedSVI):
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
         dtype = jax.eval_shape(lambda: self._update(state, constraints, arguments, stable)[1]).dtype
-        return lax.fori_loop(0, count, body, (state, jnp.full(MOST_AT_ONCE, jnp.nan, dtype)))
+        return lax.fori_loop(0, count, body, (state, jnp.zeros(MOST_AT_ONCE, dtype)))
 
+    @of_the_library
     def _posterior(self, rng_key, params, arguments, temper, refine):
         posterior = smooth(rng_key, self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper)
         # JAX never forgets the structure of a compiled function's result, and what is static in it.
@@ -332,6 +337,7 @@ class PVMC(CheckedSVI):
         arguments = jax.tree.map(jnp.asarray, arguments)
         return dataclasses.replace(posterior, model=self.model, arguments=arguments, source=Source(self, refine))
 
+    @of_the_library
     def _sample(self, rng_key, params, arguments, temper, sample_shape, refine, resample):
         parts = self.model, self.guide, arguments, params, self._lattice_loss(), refine, temper, sample_shape, resample
         return sample(rng_key, *parts)

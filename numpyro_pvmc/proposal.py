@@ -124,15 +124,20 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
     :raises ValueError: naming the site that is missing, unknown, of a wrong shape, or not independent over time; or what of
         the guide's own chain differs from the model's.
     """
-    found, scanned, bounded = [], [], {}
+    forms, scanned = [], []
 
     def look(params, arguments):
         sites = run(guide, arguments, params, random.key(0), lambda _, scan: scanned.extend(_scanned(scan)))
-        found.append({name: site for name, site in sites.items() if is_latent(site)})
-        bounded.update({name: _may_be_bounded(site["fn"]) for name, site in found[0].items()})
+        # Judged in here: sites are traced, and must not get out.
+        forms.append(_form(structure, {name: site for name, site in sites.items() if is_latent(site)}))
 
     jax.eval_shape(look, params, arguments)
-    (sites,) = found
+    is_markovian = bool(set(scanned) & set(structure.step))
+    return forms[0]._replace(markovian=_guide_chain(structure, guide, arguments, params) if is_markovian else None)
+
+
+def _form(structure, sites):
+    """What kind of guide has these sites, or an error if they do not fit."""
     summed = tuple(name for name in structure.finite if name not in sites)
     structure = structure.summing(summed)
     number_of_states(structure)  # or there are too many
@@ -155,7 +160,7 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
         )
     for name, latent in structure.sites.items():
         steps = (structure.length,) if name in structure.step else ()
-        _check_guide_site(name, sites[name], latent, steps, joint, bounded[name])
+        _check_guide_site(name, sites[name], latent, steps, joint, _may_be_bounded(sites[name]["fn"]))
     marks = [sites[name]["infer"].get("refitted_by") for name in structure.sites]
     if len(set(marks)) > 1:
         raise ValueError(
@@ -164,7 +169,6 @@ def check_guide(structure: Structure, guide: Callable, arguments: Arguments, par
             "chain to one `AutoSmoothedNormal`, and global sites to another guide."
         )
     return Form(
-        markovian=_guide_chain(structure, guide, arguments, params) if set(scanned) & set(structure.step) else None,
         not_reparameterised=tuple(name for name in structure.sites if not sites[name]["fn"].has_rsample),
         refitted_by=tuple(dict.fromkeys(mark for mark in marks if mark is not None)),
         summed=summed,
