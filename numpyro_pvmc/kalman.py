@@ -8,8 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from cuthbertlib.kalman import filter_update, predict, smoothing
 from jax import lax
+
+try:
+    from cuthbertlib.kalman import filter_update, predict, smoothing
+except ImportError as error:
+    raise ImportError(
+        "`numpyro_pvmc.exact` filters with the package `cuthbert`, which could not be imported. Install it with "
+        '`pip install "numpyro_pvmc[exact]"`.'
+    ) from error
 
 
 class Matrices(NamedTuple):

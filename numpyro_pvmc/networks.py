@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError(
+        "`numpyro_pvmc.networks` is built of modules of the package `flax`, which could not be imported. Install it with "
+        '`pip install "numpyro_pvmc[networks]"`.'
+    ) from error
 
 # The output is zero at first: a guide then starts from its model's prior.
 _AT_ZERO = nnx.initializers.zeros_init()

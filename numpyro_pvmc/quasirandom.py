@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import scipy
 from jax import random
 from jax.scipy.special import ndtri
-from scipy.stats import qmc
 
 from numpyro_pvmc.laws import WRAPPERS
 from numpyro_pvmc.precise import precise
@@ -24,6 +24,7 @@ from numpyro_pvmc.tracebacks import warn_caller
 PARTICLES = ("rqmc", "iid")
 
 _BITS = 32
+_MOST_COORDINATES = 21_201  # that SciPy has direction numbers for
 # Their quantile functions come from another package, and have no gradient.
 _NO_QUANTILES = (dist.Beta, dist.Gamma, dist.StudentT, dist.DiscreteUniform)
 
@@ -129,13 +130,14 @@ def has_points(coordinates: int) -> bool:
 
     :param coordinates: how many.
     """
-    return coordinates <= qmc.Sobol.MAXDIM
+    return coordinates <= _MOST_COORDINATES
 
 
 @functools.cache
 def _sobol(number, coordinates):
     powers = max(number - 1, 0).bit_length()
-    points = qmc.Sobol(coordinates, scramble=False, bits=_BITS).random_base2(powers)[:number]
+    # SciPy imports `scipy.stats` when it is first asked for, which takes longer than all of this library: not before that.
+    points = scipy.stats.qmc.Sobol(coordinates, scramble=False, bits=_BITS).random_base2(powers)[:number]
     return np.asarray(points * 2.0**_BITS).astype(np.uint32)
 
 

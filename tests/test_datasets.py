@@ -22,7 +22,7 @@ def test_sp500_days_are_the_trading_days_of_2009_to_2018():
     dates = load_sp500_returns().dates
     assert dates.dtype == np.dtype("datetime64[D]")
     assert (dates[0], dates[-1]) == (np.datetime64("2009-01-02"), np.datetime64("2018-12-31"))
-    assert (np.diff(dates) > np.timedelta64(0)).all()
+    assert (np.diff(dates) > np.timedelta64(0, "D")).all()
     assert np.is_busday(dates).all()
 
 
