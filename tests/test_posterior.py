@@ -18,7 +18,7 @@ from numpyro.infer import Predictive
 
 from conftest import few_particles
 from models import BY_NAME
-from numpyro_pvmc import PVMC
+from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from oracles import LinearGaussian, forecast, rts_smoother
 from test_against_enumeration import enumerate_program
 
@@ -343,8 +343,8 @@ def test_a_guide_that_cannot_be_hashed():
         def __call__(self, y):
             guide(y)
 
-    pvmc, traces = PVMC(model, Own(), num_particles=2), []
+    own, loss, traces = Own(), ImportanceSmoothedELBO(2), []
     again = jax.jit(lambda posterior: traces.append(1) or posterior.mean())
     for seed in range(2):
-        again(pvmc.posterior(jax.random.key(seed), {"slope": A}, Y))
-    assert len(traces) == 1
+        again(PVMC(model, own, loss=loss).posterior(jax.random.key(seed), {"slope": A}, Y))
+    assert len(traces) == 1  # what is of the same guide and loss is of one kind

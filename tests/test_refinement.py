@@ -1,6 +1,7 @@
 """Refitted proposals: from a blind start to the smoothing marginals, without gradients and without bias."""
 
 import contextlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -265,7 +266,9 @@ def test_from_a_blind_start(program):
     """The proposal starts as the prior, and the data are far more informative than that."""
     arguments = program.data(key_of(program))
     pvmc = PVMC(program.model, num_particles=128)
-    blind = pvmc.posterior(random.key(1), {}, *arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # before it is refitted, few particles count
+        blind = pvmc.posterior(random.key(1), {}, *arguments)
     is_hard = program.name == "tracking"  # four dimensions, and steps much smaller than the prior is wide
     says = pytest.warns(UserWarning, match="site 'state' is below 6.4 of 128") if is_hard else contextlib.nullcontext()
     with says:
