@@ -182,7 +182,8 @@ def _read_apart(chain, inputs, before, latent):
     def look(parts):
         _, _, sites = sites_of_step(chain, inputs, parts["state"], parts["latent"])
         read = {name: read_pair(sites[name], chain.structure) for name in chain.structure.edge_factors}
-        forms.update({name: pair[1] for name, pair in read.items() if pair is not None})
+        # Not their parameters: these are traced here, and what is traced stays in its trace.
+        forms.update({name: pair[1]._replace(parameters={}) for name, pair in read.items() if pair is not None})
         return {name: pair[0]._asdict() for name, pair in read.items() if pair is not None}
 
     one = lambda values: jax.tree.map(lambda x: x[0], values)

@@ -26,6 +26,7 @@ from numpyro_pvmc.precise import precise
 from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.smoothing import marginals
 from numpyro_pvmc.structure import Structure, refuse_unlisted
+from numpyro_pvmc.switches import where_nan_means_missing
 from numpyro_pvmc.tracebacks import with_short_tracebacks
 
 
@@ -174,7 +175,8 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
     if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)
     # JAX never forgets the structure of a compiled function's result, and what is static in it.
-    outside = {"model": model, "arguments": jax.tree.map(jnp.asarray, arguments)}
+    with where_nan_means_missing():
+        outside = {"model": model, "arguments": jax.tree.map(jnp.asarray, arguments)}
     if not finite.sites:
         posterior, found = _sum(model, finite, arguments, params)
         posterior = dataclasses.replace(posterior, structure=finite, **outside)

@@ -21,6 +21,7 @@ from numpyro_pvmc.objectives import ImportanceSmoothedELBO, progress
 from numpyro_pvmc.phases import MOST_AT_ONCE, calls, default_optimiser, growth, warm_up, warming_power
 from numpyro_pvmc.posterior import SmoothedPosterior
 from numpyro_pvmc.program import is_traced, parameters_of_the_model
+from numpyro_pvmc.resume import check_state
 from numpyro_pvmc.smoother import check_samples, sample, smooth
 from numpyro_pvmc.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.tracebacks import with_short_tracebacks
@@ -180,6 +181,7 @@ class PVMC(CheckedSVI):
         requests.check_steps(num_steps)
         requests.refuse_forward_mode(forward_mode_differentiation)
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
+        check_state(state, self.optim)
         constraints, arguments, own = self._constraints(args, kwargs), self._passed(args, kwargs), self._arguments(args, kwargs)
         phases, frozen, rounds = [(None, num_steps)], (), None
         if grow and init_state is None and isinstance(self.loss, ImportanceSmoothedELBO):
@@ -318,9 +320,10 @@ class PVMC(CheckedSVI):
 
         def body(i, state_and_losses):
             state, losses = state_and_losses
+            here = copy.copy(own)
             if rounds is not None:
-                own.loss = self.loss.while_warming(warming_power(left - i, rounds), left > i)
-            state, loss = own._update(state, constraints, arguments, stable)
+                here.loss = self.loss.while_warming(warming_power(left - i, rounds), left > i)
+            state, loss = here._update(state, constraints, arguments, stable)
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
         dtype = jax.eval_shape(lambda: self._update(state, constraints, arguments, stable)[1]).dtype
@@ -334,7 +337,8 @@ class PVMC(CheckedSVI):
 
     def _whole(self, posterior, arguments, refine):
         """A posterior with what is static in it."""
-        arguments = jax.tree.map(jnp.asarray, arguments)
+        with where_nan_means_missing():
+            arguments = jax.tree.map(jnp.asarray, arguments)
         return dataclasses.replace(posterior, model=self.model, arguments=arguments, source=Source(self, refine))
 
     @of_the_library

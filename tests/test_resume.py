@@ -15,7 +15,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoNormal
 
+from conftest import few_particles
 from numpyro_pvmc import PVMC, pickling
+
+pytestmark = few_particles
 
 Y = jnp.sin(jnp.arange(6.0))
 

@@ -35,6 +35,7 @@ def model(y):
 SWITCHES = {
     "ranks": lambda: jax.numpy_rank_promotion("raise"),
     "nan": lambda: jax.debug_nans(True),
+    "leaks": jax.checking_leaks,
 }
 
 
