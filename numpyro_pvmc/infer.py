@@ -103,7 +103,7 @@ class PVMC(SVI):
         guide = automatic_guide(model) if guide is None else guide
         super().__init__(model, guide, default_optimiser() if optim is None else optim, loss, **static_kwargs)
         self._known: dict[Any, tuple[Structure, Callable]] = {}
-        self._look_at_data = DataCheck(model)
+        self._look_at_data = DataCheck(model, guide)
         self._compiled_init = jax.jit(self._init)
         self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
         self._compiled_evaluate = jax.jit(self._evaluate)
