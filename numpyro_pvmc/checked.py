@@ -47,7 +47,7 @@ class CheckedSVI(SVI):
     def _forget(self):
         """Begin with nothing compiled, and no data known."""
         self._known: dict[Any, tuple[Structure, Callable]] = {}
-        self._look_at_data = DataCheck(self.model)
+        self._look_at_data = DataCheck(self.model, self.guide)
         self._compiled_init = jax.jit(self._init)
 
     @with_short_tracebacks

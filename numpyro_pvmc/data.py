@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 from numpyro.distributions import constraints
+from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_pvmc.chain import at_all_steps, begin, presence, read_chain, read_structure, step, unmasked
 from numpyro_pvmc.compiled import for_each_model
@@ -16,7 +17,7 @@ from numpyro_pvmc.counts import reads_numbers
 from numpyro_pvmc.faults import Flaws, any_of, first_place, flaws, reason, series
 from numpyro_pvmc.frozen import Held
 from numpyro_pvmc.laws import base_support
-from numpyro_pvmc.program import Arguments, is_traced, log_prob, mask_of, signature
+from numpyro_pvmc.program import Arguments, is_traced, log_prob, mask_of, run, signature
 from numpyro_pvmc.structure import Structure, per_series
 
 _DRAWS = 3  # of the latent sites, to tell what reads them
@@ -26,10 +27,11 @@ class DataCheck:
     """Looks at the data of a program, each time with what is known of arguments of these shapes.
 
     :param model: a NumPyro program.
+    :param guide: the guide, if there is one.
     """
 
-    def __init__(self, model: Callable):
-        self.model = model
+    def __init__(self, model: Callable, guide: Callable | None = None):
+        self.model, self.guide = model, guide
         self._known: dict[Any, tuple[Structure, dict[str, Any]]] = {}
         self._by_value: dict[Any, tuple[str, ...]] = {}
 
@@ -68,7 +70,18 @@ class DataCheck:
         return Held(arguments, by_value) if by_value else arguments
 
     def _numbers_read(self, arguments):
-        return read_structure(self.model, arguments, {}).by_value if reads_numbers(self.model, arguments) else ()
+        if not reads_numbers(self.model, arguments):
+            return ()
+        structure = read_structure(self.model, arguments, {})
+        counts = {site.name for site in structure.latents.values() if site.moves}
+        return () if counts <= self._sampled(Held(arguments, structure.by_value)) else structure.by_value
+
+    def _sampled(self, arguments):
+        """What the guide samples. One of NumPyro's own, which sets itself up when it is run, samples no counts."""
+        names = set()
+        if self.guide is not None and not isinstance(self.guide, AutoGuide):
+            jax.eval_shape(lambda arguments: names.update(run(self.guide, arguments, {}, random.key(0))), arguments)
+        return names
 
     def explain_nan(self, results: jax.Array, arguments: Arguments) -> None:
         """Find out why a result is NaN, if one is.

@@ -133,6 +133,10 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
     values, by the forward-backward algorithm. Which it is, is read off the program. Both are exact to rounding, and
     differentiable with respect to `params` and the data.
 
+    Counts have finitely many values if the program bounds them, as it does those of survivors of a first population, or if they
+    declare the largest that matters, ``infer={"max_count": n}``. The evidence is then that of all counts up to it, and a
+    warning says so if the largest has more than a millionth of the mass.
+
     :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
     :param params: values of its parameters, and of its global sites if it has some; others may be among them.
     :param args: arguments of the model.

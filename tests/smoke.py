@@ -1,4 +1,4 @@
-"""Fit a small model, and write its posterior to netCDF and read it back: what a Python and its newest packages must be able to do."""
+"""Fit a small model, write its posterior to netCDF and read it back: what a Python and its newest packages must do."""
 
 import sys
 import tempfile
