@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -10,6 +11,7 @@ import pytest
 from jax import random
 from numpy.testing import assert_allclose
 from numpyro.contrib.control_flow import scan
+from numpyro.handlers import seed
 from numpyro.infer import init_to_median, init_to_value
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
@@ -47,7 +49,7 @@ AT = {"beta": jnp.array(0.9), "tau": jnp.array(0.5), "sigma": jnp.array(0.1)}
 
 
 def test_coefficients_above_one_do_not_explode_a_cold_start():
-    pvmc = PVMC(autoregression, num_particles=16)
+    pvmc = PVMC(autoregression, num_particles=8)
     for key in range(3):
         result = pvmc.run(random.key(key), 60, Y, progress_bar=False)
         assert jnp.isfinite(result.losses).all()
@@ -76,3 +78,25 @@ def test_states_start_at_medians_of_the_priors_where_no_guide_says_more():
     state = guide.start(chain)
     assert_allclose(state["auto_steps_factor"].mean(), 1.0, rtol=0.2)  # beta is about 0, tau about 1
     assert jnp.abs(state["auto_steps_mean"]).max() < 1.0
+
+
+def test_many_parameters_and_those_of_minibatches_are_independent_in_their_guide():
+    def model(y, number=2, size=None):
+        w = numpyro.sample("w", dist.Normal(0, 1).expand([number]).to_event(1))
+
+        plate = numpyro.plate("series", 3, subsample_size=size)
+
+        def step(x, y_t):
+            with plate:
+                x = numpyro.sample("x", dist.Normal(x, 1.0))
+                numpyro.sample("y", dist.Normal(x + w.sum(), 1.0), obs=y_t)
+            return x, None
+
+        with plate:
+            x = numpyro.sample("x_0", dist.Normal(0, 1))
+        scan(step, x, y)
+
+    for number, size, kind in [(2, None, AutoMultivariateNormal), (60, None, AutoNormal), (2, 2, AutoNormal)]:
+        guide = AutoStateSpace(model)
+        jax.eval_shape(lambda y, guide=guide, of=(number, size): seed(guide, 0)(y, *of), jnp.zeros((4, size or 3)))
+        assert type(guide.parameters) is kind
