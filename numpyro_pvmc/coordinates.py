@@ -76,6 +76,12 @@ def coordinates_of_model(chain: Chain) -> Coordinates:
     :raises ValueError: if a site is discrete.
     """
     refuse_unlisted(chain.structure.sites.values())
+    for name, site in chain.structure.sites.items():
+        if site.is_discrete:
+            raise ValueError(
+                f"Latent site '{name}' is discrete, and no Gaussian proposes its values. Leave it out of the guide, so that it "
+                "is summed over them, or sample it in a guide of your own."
+            )
     of_sites = {name: dist.biject_to(support) for name, support in supports(chain).items()}
     return _coordinates(chain.structure, of_sites)
 
