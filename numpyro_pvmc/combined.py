@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 from jax import random
 from numpyro.handlers import block, seed, substitute, trace
@@ -153,12 +154,15 @@ class AutoStateSpace(AutoGuide):
         return self.states(*args, **kwargs)
 
     def _centre(self, sites, drawn):
-        """Medians of the global sites under their guide; what it drew, if it has none."""
+        """Medians of the global sites under their guide; what it drew, if it has none, or of series that are in no minibatch."""
         params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
         try:
-            return {name: x for name, x in self.parameters.median(params).items() if name in self._names}
+            medians = self.parameters.median(params)
         except (AttributeError, NotImplementedError):
-            return drawn
+            medians = {}
+        fits = lambda name: jnp.shape(medians.get(name)) == jnp.shape(drawn[name])
+        own = {name: x for name, x in drawn.items() if name in self._names}
+        return {name: medians[name] if name in medians and fits(name) else x for name, x in own.items()}
 
     def _of_both(self, function):
         values = dict(function(self.parameters)) if self._names else {}

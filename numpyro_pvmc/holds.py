@@ -1,6 +1,6 @@
 """Check that masked steps of a chain hold its state, and that its masks do not read what is latent.
 
-At a step whose latent sites are masked, as in the padding of a short series, the state must stay what it was:
+At a step whose latent sites are masked, as in the padding of a short series, the state must stay what it was::
 
     with numpyro.handlers.mask(mask=present):
         x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
