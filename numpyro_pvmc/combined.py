@@ -154,7 +154,7 @@ class AutoStateSpace(AutoGuide):
         return self.states(*args, **kwargs)
 
     def _centre(self, sites, drawn):
-        """Medians of the global sites under their guide; what it drew, if it has none, or of series that are in no minibatch."""
+        """Medians of the global sites under their guide; what it drew, where it has none, or has those of all series."""
         params = {name: site["value"] for name, site in sites.items() if site["type"] == "param"}
         try:
             medians = self.parameters.median(params)
