@@ -353,7 +353,9 @@ class PVMC(CheckedSVI):
 
 
 class Source:
-    """What a posterior was made by: it makes others, given other draws of the global sites. Two are equal if it is the same.
+    """What a posterior was made by: it makes others, given other draws of the global sites.
+
+    Two are equal if they have the same model, guide and objective, which need not be hashable.
 
     :param pvmc: an inference.
     :param refine: number of rounds in which the guide's Gaussians were refitted.
@@ -363,10 +365,13 @@ class Source:
         self.pvmc, self.refine = pvmc, refine
 
     def __eq__(self, other):
-        return isinstance(other, Source) and other.pvmc is self.pvmc and other.refine == self.refine
+        return isinstance(other, Source) and self._identity() == other._identity()
 
     def __hash__(self):
-        return hash((id(self.pvmc), self.refine))
+        return hash(self._identity())
+
+    def _identity(self):
+        return id(self.pvmc.model), id(self.pvmc.guide), id(self.pvmc.loss), self.refine
 
     def sample(self, rng_key: jax.Array, posterior: SmoothedPosterior, sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
         """Draw trajectories, and global sites afresh for each; see :meth:`PVMC.sample_posterior`.

@@ -71,7 +71,7 @@ PARAMS = {"slope": 0.5, "width": jnp.ones((T, SERIES)), "loc": jnp.zeros((T, SER
         (
             {},
             {"loc": PARAMS["loc"].at[2, 1].set(jnp.inf), "width": PARAMS["width"].at[2, 1].set(jnp.inf)},
-            r"^Parameters \['loc', 'width'\] are not finite",
+            r"^Parameters \['width', 'loc'\] are not finite",
         ),
     ],
     ids=["transition", "emission", "initial", "parameter", "guide's scale", "guide's parameters"],
