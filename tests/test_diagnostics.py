@@ -241,10 +241,12 @@ def test_few_particles_are_said_aloud_once():
     assert all_said[0].filename == __file__
 
 
+@pytest.mark.slow
 def test_of_two_particles_nothing_is_said():
     assert (PANEL.posterior(KEY, PARAMS, *SOUND.values()).effective_sample_size()["x"] < 1.5).any()
 
 
+@pytest.mark.slow
 def test_a_bad_start_at_the_mode_is_left_for_the_prior():
     """The first series has a narrow mode of little mass, at which the search starts; the second is Gaussian."""
 

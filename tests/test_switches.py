@@ -40,7 +40,9 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, pytest.param(lambda model: None, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize(
+    "switch", [pytest.param(s, id=n, marks=pytest.mark.slow if n == "leaks" else ()) for n, s in SWITCHES.items()]
+)  # where leaks are looked for, nothing that has been traced is kept
 def test_a_sound_program_passes(switch, guide):
     with switch():
         pvmc = PVMC(model, guide(model), num_particles=2)
