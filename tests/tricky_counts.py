@@ -62,7 +62,8 @@ LAWS = {
 }
 LAW_WEIGHTS = (6, 1, 1, 2, 0.5, 0.5)
 UNIFORM_AROUND = Law(
-    lambda n, p, rate: dist.DiscreteUniform(n - 1, n + 1), lambda k, n, p, rate: stats.randint.logpmf(k, n - 1, n + 2)
+    lambda n, p, rate: dist.DiscreteUniform(jnp.maximum(n - 1, 0), n + 1),
+    lambda k, n, p, rate: stats.randint.logpmf(k, np.maximum(n - 1, 0), n + 2),  # the grid begins at 0
 )
 EMISSIONS = {
     "Binomial": (lambda n: dist.Binomial(n, 0.5), lambda y, n: stats.binom.logpmf(y, n, 0.5)),
