@@ -232,6 +232,15 @@ class _Side(NamedTuple):
         return cls(None if value.reads is None else flat(value.marks), is_zero, size(axes))
 
 
+def _triangular_solve(book, params, out, values):
+    """A column of the solution reads the matrix and the same column of the right side; a row, if the matrix is on the right."""
+    matrix, right = values
+    axis = -2 if params["left_side"] else -1
+    of_matrix = None if matrix.reads is None else np.bitwise_or.reduce(matrix.marks, (-2, -1), keepdims=True)
+    of_right = None if right.reads is None else np.bitwise_or.reduce(right.marks, axis, keepdims=True)
+    return [either(out[0], [of_matrix, of_right])]
+
+
 def _convolution(book, params, out, values):
     (aval,), (left, right), numbers = out, values, params["dimension_numbers"]
     if right.reads is not None or params["batch_group_count"] != 1:
@@ -331,4 +340,5 @@ _OTHERS = {
     "gather": _gather,
     "iota": _iota,
     "select_n": _select,
+    "triangular_solve": _triangular_solve,
 }

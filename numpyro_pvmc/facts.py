@@ -58,6 +58,7 @@ class Book:
         self._elements: dict[Any, int] = {}
         self._count = 0
         self._opposite: dict[int, int] = {}
+        self._conjuncts: dict[int, tuple[int, ...]] = {}
 
     def assume(self, values: dict[int, bool]) -> None:
         """From now on elements of these numbers have these truth values, and their opposites the others.
@@ -67,6 +68,14 @@ class Book:
         opposite = {self._opposite[n]: not value for n, value in values.items() if n in self._opposite}
         assumed = sorted((opposite | values).items())
         self._assumed = np.array([n for n, _ in assumed], np.int64), np.array([value for _, value in assumed], bool)
+
+    def conjuncts(self, number: int) -> frozenset[int]:
+        """The truth values of which one is the conjunction, taken apart as far as they are; itself, if it is none.
+
+        :param number: of a truth value.
+        """
+        parts = self._conjuncts.get(number, ())
+        return frozenset().union(*map(self.conjuncts, parts)) if parts else frozenset({number})
 
     def fresh(self, aval: Any, reads: np.ndarray | None = None) -> Value:
         """An array of which nothing is known but its marks.
@@ -111,6 +120,8 @@ class Book:
             return self._array(key, aval.shape).reshape(aval.shape)
         different, inverse = np.unique(numbers, axis=1, return_inverse=True)
         found = [self._element((name, how, *column)) for column in different.T.tolist()]
+        if name == "and":
+            self._conjuncts |= {number: tuple(parts) for number, parts in zip(found, different.T.tolist(), strict=True)}
         if name == "not":
             pairs = list(zip(found, different[0].tolist(), strict=True))
             self._opposite |= dict(pairs) | {of: number for number, of in pairs}

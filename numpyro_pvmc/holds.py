@@ -26,7 +26,7 @@ from numpyro_pvmc.structure import Structure
 from numpyro_pvmc.survey import capture, unknown
 
 _OLD = np.uint64(1 << 63)  # the mark of the state before a step; lower ones are of series
-_PATTERNS = 6  # of truth values that a mask is assumed to have, among them all and none
+_PATTERNS = 10  # of truth values that a mask is assumed to have, among them all and none
 
 
 def check_masks(
@@ -42,10 +42,23 @@ def check_masks(
     :return: how the state is kept without being held, ``"window"`` or ``"other"``; ``None`` if it is held, or needs not be.
     :raises ValueError: if a mask reads latent sites, or sites whose state is held stand under different masks.
     """
-    for t in {0, structure.length - 1}:
-        step = _Step(structure, model, arguments, values, t)
+    book = Book(numbered=True)
+    steps = [_Step(structure, model, arguments, values, t, book) for t in sorted({0, structure.length - 1})]
+    for step in steps:
+        step.given = steps[0].given
         step.check_what_masks_read()
-        if structure.holding and not step.holds(unread):
+    if not structure.holding or structure.length == 1:  # after the only step nothing reads the state
+        return None
+    masks = [step.number_of_mask() for step in steps]
+    if any(numbers is None for numbers in masks):
+        return steps[0].how_it_keeps()
+    # What does not change with time leaves out whole series, and holds nothing.
+    always = [
+        frozenset.intersection(*map(book.conjuncts, of_series)) for of_series in zip(*(m.tolist() for m in masks), strict=True)
+    ]
+    always = always if len(steps) > 1 else [frozenset()] * len(always)
+    for step, numbers in zip(steps, masks, strict=True):
+        if not step.holds(numbers, always, unread):
             return step.how_it_keeps()
     return None
 
@@ -53,8 +66,8 @@ def check_masks(
 class _Step:
     """One step of the chain, traced, and what is said of its state and its masks."""
 
-    def __init__(self, structure, model, arguments, values, t):
-        self.structure = structure
+    def __init__(self, structure, model, arguments, values, t, book):
+        self.structure, self.book = structure, book
         init = jax.eval_shape(lambda *given: jax.tree.leaves(capture(model, *given, structure)[0].init), arguments, values)
         leaves = list(zip(init, structure.is_state, strict=True))
         old, clocks = ([leaf for leaf, is_kind in leaves if is_kind == kind] for kind in (True, False))
@@ -73,16 +86,15 @@ class _Step:
 
         parts = (old, latent, clocks, arguments, values)
         self.program, self.out = jax.make_jaxpr(step, return_shape=True)(*parts)
-        self.book = Book(numbered=True)
         series = {name: _series(structure, name) for name in latent}
-        marks = [np.full(leaf.shape, _OLD) for leaf in old] + [series[name] for name in sorted(latent)]
-        marks += [None] * (len(self.program.in_avals) - len(marks))
-        self.inputs = list(map(self.book.fresh, self.program.in_avals, marks))
-        self.old = self.inputs[: len(old)]
+        marks = [np.full(leaf.shape, _OLD) for leaf in old] + [series[name] for name in sorted(latent)] + [None] * len(clocks)
+        avals = self.program.in_avals
+        self.own = list(map(self.book.fresh, avals, marks))
+        self.old, self.given = self.own[: len(old)], list(map(self.book.fresh, avals[len(marks) :]))
 
     def results(self) -> tuple[list[Value], dict[str, Value]]:
         """What is said of the new state and of the masks."""
-        return jax.tree.unflatten(jax.tree.structure(self.out), Follower(self.book).run(self.program, self.inputs))
+        return jax.tree.unflatten(jax.tree.structure(self.out), Follower(self.book).run(self.program, [*self.own, *self.given]))
 
     def check_what_masks_read(self):
         """The masks of latent sites say which steps there are; so do those of observed sites, where latent ones have any."""
@@ -96,19 +108,20 @@ class _Step:
                 "counts in some states only is written with `jnp.where` in the parameters of a distribution."
             )
 
-    def holds(self, unread):
-        """Whether the state is held at masked steps, and only there."""
-        numbers = self._number_of_mask(self.results()[1])
-        if numbers is None:
-            return False
-        rng, different = np.random.default_rng(0), np.unique(numbers)
+    def holds(self, numbers, always, unread):
+        """Whether the state is held where the mask is false, and only there; `always` are conjuncts of it that never change."""
+        self.book.assume({})
+        parts = [self.book.conjuncts(number) - constant for number, constant in zip(numbers.tolist(), always, strict=True)]
+        changing = sorted(frozenset().union(*parts))
+        rng, constant = np.random.default_rng(0), dict.fromkeys(frozenset().union(*always), True)
         series = [self._series_of(value) for value in self.results()[0]]
         # An element that reads no series is of the only mask there is, or may not be held at all.
-        series = series if len(different) > 1 else [np.zeros_like(of_element) for of_element in series]
-        for pattern in range(_PATTERNS if len(different) > 1 else 2):
-            is_true = np.full(len(different), pattern == 0) if pattern < 2 else rng.random(len(different)) < 0.5
-            self.book.assume({int(number): bool(value) for number, value in zip(different, is_true, strict=True)})
-            present = is_true[np.searchsorted(different, numbers)]
+        series = series if len(set(parts)) > 1 else [np.zeros_like(of_element) for of_element in series]
+        for pattern in range(_PATTERNS if len(changing) > 1 else 2):
+            is_true = np.full(len(changing), pattern == 0) if pattern < 2 else rng.random(len(changing)) < 0.6
+            truth = dict(zip(changing, map(bool, is_true), strict=True))
+            self.book.assume(constant | truth)
+            present = np.array([all(truth[part] for part in of_series) for of_series in parts])
             for old, value, of_element, is_unread in zip(self.old, self.results()[0], series, unread, strict=True):
                 is_held, is_new = value.number == old.number, (value.marks & _OLD) == 0
                 right = np.where(present[of_element] | (of_element < 0), is_new, is_held)
@@ -116,8 +129,9 @@ class _Step:
                     return False
         return True
 
-    def _number_of_mask(self, masks):
+    def number_of_mask(self):
         """The number of the mask of each series, if there is one; it must be the same for all its latent sites."""
+        masks = self.results()[1]
         sites = {site.name: site for site in self.structure.step_latents}
         if not set(sites) & set(masks):
             return None

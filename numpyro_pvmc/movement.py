@@ -140,7 +140,6 @@ ALONG: dict[str, Callable[..., tuple[int, ...]]] = {
     "schur": _last(2),
     "svd": _last(2),
     "symmetric_product": _last(2),
-    "triangular_solve": _last(2),
     "tridiagonal": _last(2),
     "tridiagonal_solve": _last(2),
     "fft": lambda shape, fft_lengths, **_: _last(len(fft_lengths))(shape),

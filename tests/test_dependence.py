@@ -42,6 +42,10 @@ OWN = {
     "a known mask": lambda x: jnp.where(np.ones((5, 1), bool), x, x.mean()),
     "matrices": lambda x: jnp.linalg.cholesky(gram(x)),
     "linear equations": lambda x: jnp.linalg.solve(gram(x), x[..., None]),
+    "linear equations of one matrix, a column for each row": lambda x: jnp.linalg.solve(TABLE[:4] + jnp.eye(4), x.T).T,
+    "triangular equations of one matrix": lambda x: (
+        jax.scipy.linalg.solve_triangular(jnp.eye(4) + TABLE[:4], x.T, lower=True).T
+    ),
     "eigenvalues": lambda x: jnp.linalg.eigvalsh(gram(x)),
     "loop by row": jax.vmap(lambda row: lax.while_loop(lambda c: c.sum() < 10, lambda c: 1.1 * c + 1, row)),
     "loop of so many steps": lambda x: lax.fori_loop(0, 3, lambda i, c: c + i * jnp.sin(c), x),

@@ -122,6 +122,19 @@ def test_each_series_has_a_mask():
     assert read(panel(HELD_BY_SERIES), *PANEL).holding
 
 
+@pytest.mark.parametrize("by_time", [False, True])
+def test_a_mask_around_the_scan(by_time):
+    """One that leaves out whole series holds nothing; one that changes with time has no hold."""
+    off = np.ones((T, 3), bool)
+    off[1 if by_time else slice(None), 1] = False
+    around = handlers.mask(panel(HELD_BY_SERIES), mask=jnp.asarray(off if by_time else off[0]))
+    if by_time:
+        with pytest.raises(ValueError, match="under that very mask"):
+            read(around, *PANEL)
+    else:
+        assert read(around, *PANEL).holding
+
+
 def test_the_mask_of_another_series():
     with pytest.raises(ValueError, match="under that very mask"):
         read(panel(lambda m, x, old: jnp.where(m[::-1], x, old)), *PANEL)
