@@ -99,6 +99,8 @@ class Book:
         known = np.asarray(x)
         # An array of the same numbers at other times is another one: only as a whole are two arrays known to be equal.
         number = self._array((known.dtype.str, known.shape, known.tobytes()), known.shape) if self.numbered else None
+        if self.numbered and known.ndim:  # rows of an array may be of times: what is so of one is not of the others
+            return Value(known.shape, known.dtype, number=number)
         return Value(known.shape, known.dtype, None, known, np.ones(known.shape, bool), number)
 
     def numbers_of(self, name: str, how: str, aval: Any, values: Sequence[Value]) -> np.ndarray | None:
