@@ -172,6 +172,11 @@ def length_of(scan: Scan) -> int:
             f"Among the inputs of `scan` are {len(numbers)} single numbers, as of a list, but they must be arrays with a "
             "leading time axis. Convert a list of numbers with `jax.numpy.asarray(y)` before it is given to the model."
         )
+    if not leaves and scan.length is None:
+        raise ValueError(
+            "The `scan` has neither inputs nor a `length`: the model seems to have been called without its data. Pass these as "
+            "the model takes them, `run(rng_key, num_steps, y)` or `posterior(rng_key, params, y)`."
+        )
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in map(jnp.asarray, leaves)}
     lengths |= set() if scan.length is None else {scan.length}
     if len(lengths) != 1 or not min(lengths):

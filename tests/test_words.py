@@ -80,6 +80,14 @@ def test_noise_of_a_key():
         PVMC(model).init(random.key(0), Y)
 
 
+def test_forgotten_data():
+    def model(y=None):
+        scan(lambda x, y_t: (numpyro.sample("x", dist.Normal(x, 1.0)), None), 0.0, y)
+
+    with pytest.raises(ValueError, match=r"called without its data.*`run\(rng_key, num_steps, y\)`"):
+        PVMC(model).run(random.key(0), 10)
+
+
 def files_of(error):
     return [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
 
