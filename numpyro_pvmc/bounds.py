@@ -224,7 +224,14 @@ def _pick(equation, operands):
     array, *where = operands
     ends, shape = as_interval(array), equation.outvars[0].aval.shape
     if any(map(is_interval, where)):
-        return jnp.full(shape, ends.lower.min(initial=jnp.inf)), jnp.full(shape, ends.upper.max(initial=-jnp.inf))
+        lower, upper = ends.lower.min(initial=jnp.inf), ends.upper.max(initial=-jnp.inf)
+        if "FILL" in str(equation.params.get("mode")):
+            # Outside of the array there is another value: the one given, or the least integer.
+            fill = equation.params["fill_value"]
+            is_signed = jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.signedinteger)
+            lower = jnp.minimum(lower, -jnp.inf if fill is None else fill)
+            upper = jnp.maximum(upper, fill if fill is not None else -jnp.inf if is_signed else jnp.inf)
+        return jnp.full(shape, lower), jnp.full(shape, upper)
     return tuple(equation.primitive.bind(end, *where, **equation.params) for end in ends)
 
 

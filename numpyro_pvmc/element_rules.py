@@ -228,7 +228,8 @@ class _Side(NamedTuple):
         axes = [axis for axis in range(len(value.shape)) if axis not in (*contracted, *batch)]
         size = lambda axes: math.prod(value.shape[axis] for axis in axes)
         flat = lambda x: x.transpose(*batch, *axes, *contracted).reshape(size(batch), size(axes), size(contracted))
-        is_zero = flat(value.known == 0) if value.is_sure and (value.known == 0).any() else None
+        is_zero = None if value.known is None else (value.known == 0) & value.sure
+        is_zero = flat(is_zero) if is_zero is not None and is_zero.any() else None
         return cls(None if value.reads is None else flat(value.marks), is_zero, size(axes))
 
 
@@ -267,10 +268,17 @@ def _dynamic_slice(book, params, out, values):
     anywhere = tuple(axis for axis, start in enumerate(starts) if start is None)
     sizes = zip(starts, params["slice_sizes"], strict=True)
     place = tuple(slice(None) if start is None else slice(start, start + size) for start, size in sizes)
-    if not anywhere:
+    if all(_is_alike(value.number, axis) for axis in anywhere):
+        # Where all elements along an axis are equal, it does not matter which are taken.
+        first = zip(place, params["slice_sizes"], strict=True)
+        place = tuple(slice(0, size) if axis in anywhere else part for axis, (part, size) in enumerate(first))
         return move(lambda x: x[place], out, [value])
     read = None if value.reads is None else np.bitwise_or.reduce(value.marks[place], anywhere, keepdims=True)
     return [either(out[0], [read, *(index.reads for index in indices)])]
+
+
+def _is_alike(number, axis):
+    return number is not None and bool((number == np.take(number, [0], axis)).all())
 
 
 def _dynamic_update_slice(book, params, out, values):

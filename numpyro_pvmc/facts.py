@@ -49,10 +49,12 @@ class Book:
     """Numbers that two elements share only if they are equal, whatever the inputs of a program; values assumed of them.
 
     :param numbered: whether elements get numbers.
+    :param of_time: the mark of time, which masks may read.
     """
 
-    def __init__(self, numbered: bool = False):
-        self.numbered = numbered
+    def __init__(self, numbered: bool = False, of_time: int = 0):
+        self.numbered, self._of_time = numbered, np.uint64(of_time)
+        self._timed: set[int] = set()
         self._assumed = np.empty(0, np.int64), np.empty(0, bool)
         self._numbers: dict[Any, np.ndarray] = {}
         self._elements: dict[Any, int] = {}
@@ -76,6 +78,13 @@ class Book:
         """
         parts = self._conjuncts.get(number, ())
         return frozenset().union(*map(self.conjuncts, parts)) if parts else frozenset({number})
+
+    def changes_with_time(self, number: int) -> bool:
+        """Whether a conjunct reads time.
+
+        :param number: of a truth value that is part of a conjunction.
+        """
+        return number in self._timed
 
     def fresh(self, aval: Any, reads: np.ndarray | None = None) -> Value:
         """An array of which nothing is known but its marks.
@@ -117,13 +126,15 @@ class Book:
         numbers = [np.broadcast_to(value.number, aval.shape).ravel() for value in values]
         numbers = np.sort(numbers, 0) if name in COMMUTATIVE else np.array(numbers)
         key = (name, how, numbers.shape, numbers.tobytes())
-        is_mask = aval.dtype == bool and all(value.reads is None for value in values) and numbers.size <= LARGE
+        is_mask = aval.dtype == bool and all(map(self._reads_time_only, values)) and numbers.size <= LARGE
         if key in self._numbers or not is_mask:
             return self._array(key, aval.shape).reshape(aval.shape)
         different, inverse = np.unique(numbers, axis=1, return_inverse=True)
         found = [self._element((name, how, *column)) for column in different.T.tolist()]
         if name == "and":
             self._conjuncts |= {number: tuple(parts) for number, parts in zip(found, different.T.tolist(), strict=True)}
+            for value in values:
+                self._timed |= set(value.number[(value.marks & self._of_time) != 0].tolist())
         if name == "not":
             pairs = list(zip(found, different[0].tolist(), strict=True))
             self._opposite |= dict(pairs) | {of: number for number, of in pairs}
@@ -146,13 +157,16 @@ class Book:
         :param value: an array.
         """
         numbers, given = self._assumed
-        if not len(numbers) or value.dtype != bool or value.reads is not None:
+        if not len(numbers) or value.dtype != bool or not self._reads_time_only(value):
             return value
         place = np.minimum(np.searchsorted(numbers, value.number), len(numbers) - 1)
         is_assumed = numbers[place] == value.number
         known = given[place] if value.known is None else np.where(is_assumed, given[place], value.known)
         sure = is_assumed if value.sure is None else is_assumed | value.sure
         return value._replace(known=known, sure=sure)
+
+    def _reads_time_only(self, value):
+        return value.reads is None or not (value.marks & ~self._of_time).any()
 
     def _array(self, key, shape):
         """The numbers of an array that is known by a key."""

@@ -25,7 +25,8 @@ from numpyro_pvmc.provenance import Follower
 from numpyro_pvmc.structure import Structure
 from numpyro_pvmc.survey import capture, unknown
 
-_OLD = np.uint64(1 << 63)  # the mark of the state before a step; lower ones are of series
+# Marks of the state before a step, and of its time; lower ones are of series.
+_OLD, _TIME = np.uint64(1 << 63), np.uint64(1 << 62)
 _PATTERNS = 10  # of truth values that a mask is assumed to have, among them all and none
 
 
@@ -42,38 +43,25 @@ def check_masks(
     :return: how the state is kept without being held, ``"window"`` or ``"other"``; ``None`` if it is held, or needs not be.
     :raises ValueError: if a mask reads latent sites, or sites whose state is held stand under different masks.
     """
-    book = Book(numbered=True)
-    steps = [_Step(structure, model, arguments, values, t, book) for t in sorted({0, structure.length - 1})]
-    for step in steps:
-        step.given = steps[0].given
-        step.check_what_masks_read()
+    step = _Step(structure, model, arguments, values)
+    step.check_what_masks_read()
     if not structure.holding or structure.length == 1:  # after the only step nothing reads the state
         return None
-    masks = [step.number_of_mask() for step in steps]
-    if any(numbers is None for numbers in masks):
-        return steps[0].how_it_keeps()
-    # What does not change with time leaves out whole series, and holds nothing.
-    always = [
-        frozenset.intersection(*map(book.conjuncts, of_series)) for of_series in zip(*(m.tolist() for m in masks), strict=True)
-    ]
-    always = always if len(steps) > 1 else [frozenset()] * len(always)
-    for step, numbers in zip(steps, masks, strict=True):
-        if not step.holds(numbers, always, unread):
-            return step.how_it_keeps()
-    return None
+    numbers = step.number_of_mask()
+    return None if numbers is not None and step.holds(numbers, unread) else step.how_it_keeps()
 
 
 class _Step:
-    """One step of the chain, traced, and what is said of its state and its masks."""
+    """A step of the chain, whichever it is, traced, and what is said of its state and its masks."""
 
-    def __init__(self, structure, model, arguments, values, t, book):
-        self.structure, self.book = structure, book
+    def __init__(self, structure, model, arguments, values):
+        self.structure, self.book = structure, Book(numbered=True, of_time=_TIME)
         init = jax.eval_shape(lambda *given: jax.tree.leaves(capture(model, *given, structure)[0].init), arguments, values)
         leaves = list(zip(init, structure.is_state, strict=True))
         old, clocks = ([leaf for leaf, is_kind in leaves if is_kind == kind] for kind in (True, False))
         latent = {site.name: jax.ShapeDtypeStruct(site.shape, site.dtype) for site in structure.step_latents}
 
-        def step(old, latent, clocks, arguments, values):
+        def step(old, latent, clocks, t, arguments, values):
             scan, _ = capture(model, arguments, values, structure)
             state, others = iter(old), iter(clocks)
             carry = [next(state) if is_state else next(others) for is_state in structure.is_state]
@@ -84,22 +72,23 @@ class _Step:
             masks = {name: mask_of(site) for name, site in sites.items() if site["type"] == "sample"}
             return new, {name: mask for name, mask in masks.items() if mask is not None}
 
-        parts = (old, latent, clocks, arguments, values)
+        parts = (old, latent, clocks, jax.ShapeDtypeStruct((), jnp.int32), arguments, values)
         self.program, self.out = jax.make_jaxpr(step, return_shape=True)(*parts)
         series = {name: _series(structure, name) for name in latent}
-        marks = [np.full(leaf.shape, _OLD) for leaf in old] + [series[name] for name in sorted(latent)] + [None] * len(clocks)
-        avals = self.program.in_avals
-        self.own = list(map(self.book.fresh, avals, marks))
-        self.old, self.given = self.own[: len(old)], list(map(self.book.fresh, avals[len(marks) :]))
+        marks = [np.full(leaf.shape, _OLD) for leaf in old] + [series[name] for name in sorted(latent)]
+        marks += [None] * len(clocks) + [_TIME]
+        marks += [None] * (len(self.program.in_avals) - len(marks))
+        self.inputs = list(map(self.book.fresh, self.program.in_avals, marks))
+        self.old = self.inputs[: len(old)]
 
     def results(self) -> tuple[list[Value], dict[str, Value]]:
         """What is said of the new state and of the masks."""
-        return jax.tree.unflatten(jax.tree.structure(self.out), Follower(self.book).run(self.program, [*self.own, *self.given]))
+        return jax.tree.unflatten(jax.tree.structure(self.out), Follower(self.book).run(self.program, self.inputs))
 
     def check_what_masks_read(self):
         """The masks of latent sites say which steps there are; so do those of observed sites, where latent ones have any."""
         for name, mask in self.results()[1].items():
-            if not mask.marks.any():
+            if not (mask.marks & ~_TIME).any():
                 continue
             what = "its own step" if not (mask.marks & _OLD).any() else "the step before"
             raise ValueError(
@@ -108,12 +97,13 @@ class _Step:
                 "counts in some states only is written with `jnp.where` in the parameters of a distribution."
             )
 
-    def holds(self, numbers, always, unread):
-        """Whether the state is held where the mask is false, and only there; `always` are conjuncts of it that never change."""
-        self.book.assume({})
-        parts = [self.book.conjuncts(number) - constant for number, constant in zip(numbers.tolist(), always, strict=True)]
+    def holds(self, numbers, unread):
+        """Whether the state is held where the mask is false, and only there."""
+        whole = [self.book.conjuncts(number) for number in numbers.tolist()]
+        # What of a conjunction does not change with time leaves out whole series, and holds nothing.
+        parts = [frozenset(filter(self.book.changes_with_time, of_series)) or of_series for of_series in whole]
         changing = sorted(frozenset().union(*parts))
-        rng, constant = np.random.default_rng(0), dict.fromkeys(frozenset().union(*always), True)
+        rng, constant = np.random.default_rng(0), dict.fromkeys(frozenset().union(*whole), True)
         series = [self._series_of(value) for value in self.results()[0]]
         # An element that reads no series is of the only mask there is, or may not be held at all.
         series = series if len(set(parts)) > 1 else [np.zeros_like(of_element) for of_element in series]
@@ -155,7 +145,7 @@ class _Step:
         """The series that each element of a new state reads, -1 where it reads none, or several."""
         total = int(np.prod([plate.size for plate in self.structure.plates], dtype=int))
         of_mark = {int(mark): number for number, mark in enumerate(marks_of_rows(total))}
-        marks = (value.marks & ~_OLD).ravel()
+        marks = (value.marks & ~(_OLD | _TIME)).ravel()
         return np.array([of_mark.get(int(mark), -1) for mark in marks], int).reshape(value.shape)
 
     def how_it_keeps(self):

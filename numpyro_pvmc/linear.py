@@ -64,7 +64,15 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
         return {name: law._asdict() for name, law in laws.items()}
 
     states = np.zeros(_shape(structure), jnp.result_type(float))
-    reads = influence(slopes, {"states": states})["states"]
+    try:
+        reads = influence(slopes, {"states": states})["states"]
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise ValueError(
+            "The model applies a function with a `jax.custom_vjp` to the chain's latent sites, whose slopes cannot be taken "
+            "forwards, so whether the chain is linear-Gaussian is not known. Use `jax.custom_jvp`, or `PVMC.posterior`."
+        ) from error
     follows = follows_slope(means, states, arguments, values)
     steps = changes_by_steps(lambda states: means(states, arguments, values), states)
     for name, read in reads.items():

@@ -22,7 +22,10 @@ _NAMES = """
 ELEMENTWISE = frozenset(_NAMES.split())
 # Their results change by steps, where derivatives see nothing.
 STEPS = frozenset(
-    {"argmax", "argmin", "ceil", "eq", "floor", "ge", "gt", "is_finite", "le", "lt", "ne", "round", "sign", "stop_gradient"}
+    {
+        *("argmax", "argmin", "ceil", "eq", "floor", "ge", "gt", "is_finite", "le", "lt", "ne", "rem", "round", "sign", "sort"),
+        *("stop_gradient", "top_k"),
+    }
 )
 COMMUTATIVE = frozenset({"add", "and", "eq", "max", "min", "mul", "ne", "or", "xor"})
 

@@ -27,6 +27,7 @@ FUNCTIONS = {
     "counted": (lambda n, k: n * (k > 0), (0, 9)),
     "branches": (lambda n, k: jax.lax.cond(k > 0, lambda n: n + 1, lambda n: -n, n), (-9, 10)),
     "gathered": (lambda n, k: TABLE[n % 3] + TABLE[1], (8, 14)),
+    "gathered outside": (lambda n, k: TABLE.at[n].get(mode="fill", fill_value=20), (1, 20)),
     "put": (lambda n, k: jnp.zeros(3, int).at[1].set(n).at[1].add(k)[1:2].sum(), (-2, 12)),
     "stacked": (lambda n, k: jnp.cumsum(jnp.stack([n, k, n]))[::-1][0], (-2, 21)),
     "compiled": (lambda n, k: jax.jit(lambda n: jnp.max(jnp.array([n, 3])))(n), (3, 9)),

@@ -37,6 +37,7 @@ OWN = {
     "product with a matrix": lambda x: x @ jnp.ones((4, 3)),
     "product with a known identity": lambda x: IDENTITY @ x,
     "product with an identity made inside": lambda x: jnp.eye(5) @ x,
+    "product with a diagonal": lambda x: jnp.diag(x.mean() * 0 + jnp.arange(5.0)) @ x,
     "known rows in their order": lambda x: x[np.arange(5)],
     "known rows of a table": lambda x: x + TABLE[np.array([4, 3, 2, 1, 0])],
     "a known mask": lambda x: jnp.where(np.ones((5, 1), bool), x, x.mean()),

@@ -551,6 +551,8 @@ NOW = "Site 'y' has a Normal law whose mean is not affine in the chain's latent 
         (chain(emission=lambda x: dist.Normal(jnp.sign(x), 1.0)), NOW),
         (chain(emission=lambda x: dist.Normal(jax.lax.stop_gradient(x), 1.0)), NOW),
         (chain(emission=lambda x: dist.Normal(x + 1.0 * (x > 1e6), 1.0)), NOW),
+        (chain(emission=lambda x: dist.Normal(jnp.fmod(x, 86400.0), 1.0)), NOW),
+        (chain(emission=lambda x: dist.Normal(x + jnp.argsort(jnp.stack([x, jnp.array(1e6)]))[0], 1.0)), NOW),
         (chain(emission=lambda x: dist.Normal(x, 1.0).mask(x > 0)), "Site 'y' has a mask that reads"),
         (chain(body=lambda x: numpyro.sample("r", dist.Normal(0.0, 1.0), obs=1 - x)), "Site 'r' is observed at a value"),
         (chain(body=lambda x: numpyro.factor("f", -(x**2))), "Site 'f' has a Unit law"),

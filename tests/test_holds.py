@@ -135,6 +135,25 @@ def test_a_mask_around_the_scan(by_time):
         assert read(around, *PANEL).holding
 
 
+def test_masks_that_differ_in_the_middle_only():
+    """The first and the last step do not stand for the others."""
+
+    def model(y, a, b):
+        present = jnp.broadcast_to(a, (T,))
+
+        def step(x, inputs):
+            y_t, of_site, of_hold = inputs
+            with handlers.mask(mask=of_site):
+                new = numpyro.sample("x", dist.Normal(x, 0.5))
+                numpyro.sample("y", dist.Normal(new, 0.5), obs=y_t)
+            return jnp.where(of_hold, new, x), None
+
+        scan(step, 0.0, (y, present, present.at[1].set(b)))
+
+    with pytest.raises(ValueError, match="under that very mask"):
+        read(model, Y, np.array(True), np.array(False))
+
+
 def test_the_mask_of_another_series():
     with pytest.raises(ValueError, match="under that very mask"):
         read(panel(lambda m, x, old: jnp.where(m[::-1], x, old)), *PANEL)
