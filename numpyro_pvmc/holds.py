@@ -76,7 +76,7 @@ class _Step:
         self.program, self.out = jax.make_jaxpr(step, return_shape=True)(*parts)
         series = {name: _series(structure, name) for name in latent}
         marks = [np.full(leaf.shape, _OLD) for leaf in old] + [series[name] for name in sorted(latent)]
-        marks += [None] * len(clocks) + [_TIME]
+        marks += [_TIME] * (len(clocks) + 1)  # clocks change with time, too
         marks += [None] * (len(self.program.in_avals) - len(marks))
         self.inputs = list(map(self.book.fresh, self.program.in_avals, marks))
         self.old = self.inputs[: len(old)]

@@ -154,6 +154,28 @@ def test_masks_that_differ_in_the_middle_only():
         read(model, Y, np.array(True), np.array(False))
 
 
+@pytest.mark.parametrize("by_both", [True, False])
+def test_a_mask_that_a_clock_has_a_part_in(by_both):
+    """A clock changes with time as an input does: what it leaves out must be held."""
+
+    def model(y, present):
+        def step(carry, inputs):
+            (x, t), (y_t, m) = carry, inputs
+            both = m & (t < 2)
+            with handlers.mask(mask=both):
+                new = numpyro.sample("x", dist.Normal(x, 0.5))
+                numpyro.sample("y", dist.Normal(new, 0.5), obs=y_t)
+            return (jnp.where(both if by_both else m, new, x), t + 1), None
+
+        scan(step, (0.0, 0), (y, present))
+
+    if by_both:
+        assert read(model, Y, PRESENT).holding
+    else:
+        with pytest.raises(ValueError, match="under that very mask"):
+            read(model, Y, PRESENT)
+
+
 def test_the_mask_of_another_series():
     with pytest.raises(ValueError, match="under that very mask"):
         read(panel(lambda m, x, old: jnp.where(m[::-1], x, old)), *PANEL)
