@@ -271,14 +271,15 @@ class PVMC(CheckedSVI):
         """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
 
         Pass the result to :class:`numpyro.infer.Predictive`, with a longer time axis for forecasts. Global sites are draws of
-        their guide, each with particles of its own. With `resample` they are drawn again in proportion to p Z / q, their
-        importance weights, where Z is the estimate of the evidence: as the number of draws grows the joint law becomes the
-        posterior, whatever the guide. That serves a few global sites, not hundreds.
+        their guide, each with particles of its own. With `resample` they are draws of their posterior: chosen by p Z / q, their
+        importance weights, where Z is the estimate of the evidence, from draws of the guide and of wider laws fitted to these
+        (:mod:`numpyro_pvmc.resampling`). As the number of draws grows the joint law becomes the posterior, whatever the guide.
+        That serves a few global sites, not hundreds, and costs as much as six times the draws.
 
         The other arguments, errors and warnings are those of :meth:`posterior`.
 
         :param sample_shape: how many to draw.
-        :param resample: whether to correct the law of the global sites by importance resampling.
+        :param resample: whether to draw global sites from their posterior rather than from their guide.
         :return: ``{site: (*sample_shape, ...)}``, latent and deterministic sites in the shapes that the model gives them.
         """
         requests.check_refinement(refine, temper)
@@ -291,11 +292,11 @@ class PVMC(CheckedSVI):
         choices = {"sample_shape": sample_shape, "refine": refine, "resample": resample}
         drawn = self._compiled_sample(rng_key, params, arguments, temper, **choices)
 
-        def again(key, indices):
-            posterior, _ = self._compiled_posterior(key, params | indices, arguments, temper, refine=refine)
+        def again(key, values):
+            posterior, _ = self._compiled_posterior(key, params | values, arguments, temper, refine=refine)
             return self._whole(posterior, arguments, refine)
 
-        check_samples(drawn, again, refine, temper, resample)
+        check_samples(drawn, again, refine, temper)
         return drawn.samples
 
     @of_the_library

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
 
@@ -15,7 +14,7 @@ from numpyro_pvmc.diagnostics import Health, health, refuse_integers, warn
 from numpyro_pvmc.drawing import draw, sites_to_draw
 from numpyro_pvmc.explanation import explain
 from numpyro_pvmc.minibatch import draw_indices, take_series
-from numpyro_pvmc.moments import diagonal, effective_size
+from numpyro_pvmc.moments import diagonal
 from numpyro_pvmc.objectives import ImportanceSmoothedELBO
 from numpyro_pvmc.posterior import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.potentials import propose
@@ -23,6 +22,8 @@ from numpyro_pvmc.program import Arguments, is_traced
 from numpyro_pvmc.proposal import check_guide
 from numpyro_pvmc.refinement import Proposal, propose_gaussian
 from numpyro_pvmc.refinement import refine as refine_proposal
+from numpyro_pvmc.resampling import Guide
+from numpyro_pvmc.resampling import resample as resample_globals
 from numpyro_pvmc.smoothing import marginals
 from numpyro_pvmc.tracebacks import warn_caller
 
@@ -88,16 +89,16 @@ def _refined(rng_key, structure, model, guide, arguments, params, form, loss, re
 class Sampled(NamedTuple):
     """Draws, and what tells whether they can be believed; with an axis for the posteriors that they were drawn from.
 
-    `number` is the effective number of draws of global sites. `chosen` are the posteriors that are left after resampling; a
-    posterior can be made again with its `key`, and the `indices` of minibatches.
+    A posterior can be made again with its `key`, the `indices` of minibatches, and its `values` of what the guide draws its
+    global sites from. `log_weights` are those of the global sites that were resampled, the guide's own draws first.
     """
 
     samples: dict[str, jax.Array]
-    number: jax.Array
-    chosen: jax.Array
     health: Health
     key: jax.Array
     indices: dict[str, jax.Array]
+    values: dict[str, jax.Array]
+    log_weights: jax.Array | None = None
 
 
 def sample(
@@ -117,41 +118,32 @@ def sample(
     The arguments are those of :func:`smooth`.
 
     :param sample_shape: how many to draw.
-    :param resample: whether to resample the draws by the importance weights of their global sites.
+    :param resample: whether to draw the global sites from their posterior, see :mod:`numpyro_pvmc.resampling`.
     :return: ``{site: (*sample_shape, ...)}``, and what tells whether they can be believed.
     """
     structure = read_structure(model, arguments, params)
     indices = draw_indices(structure, model, arguments, params, rng_key)  # one for all draws
     params = params | indices
 
-    def one(rng_key, sample_shape=()):
-        posterior_key, sample_key = random.split(rng_key)
-        posterior = smooth(posterior_key, model, guide, arguments, params, loss, refine, temper)
+    def one(posterior_key, sample_key, values, sample_shape=()):
+        posterior = smooth(posterior_key, model, guide, arguments, params | values, loss, refine, temper)
         log_weight = structure.scale * posterior.log_normalizer.sum() + posterior.log_weight_globals
-        return posterior.sample(sample_key, sample_shape), log_weight, health(posterior), posterior_key
+        return (posterior.sample(sample_key, sample_shape), health(posterior)), log_weight
 
     number = math.prod(sample_shape)
     if not structure.global_sites:
-        samples, _, *of_posterior = one(rng_key, sample_shape)
-        of_posterior = jax.tree.map(lambda x: x[None], of_posterior)
-        return Sampled(samples, jnp.asarray(float(number)), jnp.arange(1), *of_posterior, indices)
-    key_draws, key_resampling = random.split(rng_key)
-    samples, log_weights, *of_posteriors = lax.map(one, random.split(key_draws, number))
-    weights, chosen = jax.nn.softmax(log_weights), jnp.arange(number)
+        key, sample_key = random.split(rng_key)
+        (samples, found), _ = one(key, sample_key, {}, sample_shape)
+        return Sampled(samples, *jax.tree.map(lambda x: x[None], (found, key)), indices, {})
+    values, log_weights = {}, None
     if resample:
-        chosen = _systematic(key_resampling, weights)
-        samples = {name: x[chosen] for name, x in samples.items()}
+        of_guide = Guide(guide, arguments, params, {*structure.sites, *structure.free, *structure.subsampled})
+        (samples, found), keys, values, log_weights = resample_globals(rng_key, of_guide, one, number)
+    else:
+        keys, sample_keys = jax.vmap(random.split, out_axes=1)(random.split(rng_key, number))
+        (samples, found), _ = lax.map(lambda keys: one(*keys, {}), (keys, sample_keys))
     samples = {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
-    return Sampled(samples, effective_size(weights), chosen, *of_posteriors, indices)
-
-
-def _systematic(rng_key, weights):
-    """As many numbers as there are weights, each as often as its weight says, in random order."""
-    key_start, key_order = random.split(rng_key)
-    number = len(weights)
-    points = (random.uniform(key_start) + jnp.arange(number)) / number
-    chosen = jnp.searchsorted(jnp.cumsum(weights), points)
-    return random.permutation(key_order, jnp.minimum(chosen, number - 1))
+    return Sampled(samples, found, keys, indices, values, log_weights)
 
 
 def check_samples(
@@ -159,29 +151,37 @@ def check_samples(
     again: Callable[[jax.Array, dict[str, jax.Array]], SmoothedPosterior],
     refine: int,
     temper: float | jax.Array,
-    resampled: bool = False,
 ) -> None:
     """Refuse draws that are no numbers, and say so if they should not be believed.
 
     :param drawn: draws. Nothing is looked at while they are traced.
-    :param again: makes the posterior of a key and of indices of minibatches again.
+    :param again: makes a posterior again, given its key and values.
     :param refine: for how many rounds proposals were refitted.
     :param temper: the power of transition densities in the first of them.
-    :param resampled: whether global sites were resampled.
     :raises ValueError: naming what is not a number; or sites of integers that cannot be drawn.
     """
     if is_traced(drawn):
         return
-    found, chosen = jax.tree.map(np.asarray, drawn.health), np.unique(drawn.chosen)
+    found = jax.tree.map(np.asarray, drawn.health)
     if found.unknown.any():
-        explain(again(drawn.key[found.unknown.argmax()], drawn.indices))
-    found = jax.tree.map(lambda x: x[chosen], found)
+        worst = found.unknown.argmax()
+        explain(again(drawn.key[worst], drawn.indices | {name: x[worst] for name, x in drawn.values.items()}))
     refuse_integers(found)
     warn(found, refine, temper)
-    number = math.prod(np.shape(drawn.chosen))
-    if resampled and drawn.number < 0.1 * number:
+    if drawn.log_weights is None:
+        return
+    number, log_weights = len(drawn.key), np.asarray(drawn.log_weights, float)
+    if unknown := np.isnan(log_weights).sum():
         warn_caller(
-            f"Of {number} draws of the global sites {float(drawn.number):.1f} are effective after resampling: their guide is "
+            f"{unknown} of {len(log_weights)} draws of the global sites, from their guide and around, have no weight: there "
+            "the model's densities are not numbers. They were left out; if the posterior reaches so far, the draws do not."
+        )
+    possible = log_weights[log_weights > -np.inf]
+    weights = np.exp(possible - possible.max(initial=-np.inf))
+    effective = weights.sum() ** 2 / (weights**2).sum() if len(weights) else 0.0
+    if effective < 0.1 * number:
+        warn_caller(
+            f"Of {number} draws of the global sites {effective:.1f} are effective after resampling: their guide is "
             "far from their posterior, or the estimates of the evidence vary much between draws. Train longer, take a guide "
             "with correlations (`AutoMultivariateNormal`), more particles or more `refine`, or leave `resample=False`.",
         )

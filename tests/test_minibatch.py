@@ -147,7 +147,7 @@ def test_resampled_global_sites_have_their_posterior_law():
 
 def test_few_effective_draws_are_said():
     def far(y):
-        numpyro.sample("scale", dist.LogNormal(-3.0, 1.5))
+        numpyro.sample("scale", dist.LogNormal(-9.0, 0.1))
         numpyro.sample("x_0", dist.Normal(0.0, 1.0))
         numpyro.sample("x", dist.Normal(0.9 * y, 0.3))
 

@@ -13,11 +13,9 @@ from record import record
 LONG_RUNS = True
 SEEDS = range(5)
 STEPS, DRAWS = 1000, 600
-# The logarithm of a scale that may be near zero has a long left tail, which a Gaussian guide does not reach, and resampling of
-# its draws only in part: seen were shifts of 0.3 to 0.6.
-TAILS = pytest.mark.xfail(raises=AssertionError, reason="scales near zero: the tail is outside of the guide", strict=False)
-KNOWN = dict.fromkeys(("autoregression", "seasonal", "panel", "epidemic", "tracking"), TAILS)
-MODELS = [pytest.param(make, id=make.__name__, marks=KNOWN.get(make.__name__, ())) for make in PROBLEMS]
+# Where a step has several coordinates, or series share their parameters, 32 particles estimate the evidence of small scales too
+# seldom well.
+PARTICLES = {"panel": 64, "seasonal": 128, "epidemic": 128, "tracking": 256}
 
 
 def posterior_of(problem, y):
@@ -33,16 +31,18 @@ def posterior_of(problem, y):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Of .* draws of the global sites:UserWarning")  # they are looked at here
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.filterwarnings("ignore:The effective sample size of site:UserWarning")
+@pytest.mark.parametrize("make", PROBLEMS)
 def test_means_of_parameters_agree_with_nuts(make):
     problem = make()
     chains = posterior_of(problem, problem.data)
     y = jnp.asarray(problem.data)
-    pvmc, worst = PVMC(problem.model), dict.fromkeys(problem.parameters, 0.0)
+    number = PARTICLES.get(make.__name__, 32)
+    pvmc, worst = PVMC(problem.model, num_particles=number), dict.fromkeys(problem.parameters, 0.0)
     for seed in SEEDS:
         result = pvmc.run(jax.random.key(seed), STEPS, y, progress_bar=False)
         if not jnp.isfinite(result.losses).all():
-            pytest.fail(f"NaN from seed {seed}")  # of which no model is excused
+            pytest.fail(f"NaN from seed {seed}")
         key = jax.random.key(100 + seed)
         draws = pvmc.sample_posterior(key, result.params, y, sample_shape=(DRAWS,), refine=2, resample=True)
         for name, nuts in chains.items():
@@ -51,5 +51,5 @@ def test_means_of_parameters_agree_with_nuts(make):
     for name, nuts in chains.items():
         apart = np.abs(np.diff(nuts.mean(1), axis=0)).max() / nuts.std()
         metric = f"posterior mean of {name} less that of NUTS, in posterior sds, largest of {len(SEEDS)} runs"
-        record("weak_priors", f"{make.__name__}, K=32, {STEPS} updates", metric, float(worst[name]), "0.3 at most")
+        record("weak_priors", f"{make.__name__}, K={number}, {STEPS} updates", metric, float(worst[name]), "0.3 at most")
         assert worst[name] < (0.5 if apart > 0.1 else 0.3), f"{name}; chains of NUTS differ by {apart:.2f}"
