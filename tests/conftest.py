@@ -72,9 +72,9 @@ def another_way(request):
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Most programs here are compiled to run once; slow tests, and modules that say `LONG_RUNS = True`, run theirs for long."""
-    runs_long = getattr(request.module, "LONG_RUNS", False) or request.node.get_closest_marker("slow")
-    jax.config.update("jax_disable_most_optimizations", not runs_long)
+    """Most programs here are compiled to run once; slow tests run theirs for long, if their module has no `LONG_RUNS` of its own."""
+    is_slow = request.node.get_closest_marker("slow") is not None
+    jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "LONG_RUNS", is_slow))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -22,6 +22,7 @@ from random_programs import random_program
 pytestmark = few_particles
 
 PROGRAMS, QUICK = 300, 8
+LONG_RUNS = False
 DRAWS = 3000  # that backward draws by smoothing weights are wrong takes a thousand to see
 NEAR = {"rtol": 1e-9, "atol": 1e-10}
 

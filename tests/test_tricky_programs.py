@@ -22,14 +22,7 @@ KINDS = {"casts": random_cast, "holds": random_hold, "couplings": random_couplin
 NUMBER = 130  # programs of a kind
 QUICK = {"casts": (6, 54), "holds": (1, 8), "couplings": (4, 14), "counts": (5, 26)}
 ACCEPTED = 0.6  # of the legitimate ones, at least
-
-
-@pytest.fixture(autouse=True)
-def brief_runs(quick_compilation):
-    """Each program is compiled to run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+LONG_RUNS = False
 
 
 @pytest.fixture(scope="module")
