@@ -72,7 +72,7 @@ def another_way(request):
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Most programs here are compiled to run once; slow tests run theirs for long, if their module has no `LONG_RUNS` of its own."""
+    """Most programs here are compiled to run once; slow tests run theirs for long, unless their module says otherwise."""
     is_slow = request.node.get_closest_marker("slow") is not None
     jax.config.update("jax_disable_most_optimizations", not getattr(request.module, "LONG_RUNS", is_slow))
     yield
