@@ -1,13 +1,13 @@
 """Parallel variational Monte Carlo for state-space models written in NumPyro."""
 
-from numpyro_pvmc.amortised import AutoAmortisedNormal
-from numpyro_pvmc.annotation import markov
-from numpyro_pvmc.combined import AutoStateSpace
-from numpyro_pvmc.guides import AutoSmoothedNormal
-from numpyro_pvmc.infer import PVMC
-from numpyro_pvmc.objectives import ImportanceSmoothedELBO
-from numpyro_pvmc.posterior import SmoothedPosterior
-from numpyro_pvmc.supervised import SupervisedELBO
+from numpyro_pvmc.guides.amortised_normal import AutoAmortisedNormal
+from numpyro_pvmc.guides.smoothed_normal import AutoSmoothedNormal
+from numpyro_pvmc.guides.state_space import AutoStateSpace
+from numpyro_pvmc.posterior.particles import SmoothedPosterior
+from numpyro_pvmc.program.markov import markov
+from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO
+from numpyro_pvmc.pvmc.pvmc import PVMC
+from numpyro_pvmc.pvmc.supervised import SupervisedELBO
 
 __version__ = "0.1.0"
 

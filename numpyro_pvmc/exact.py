@@ -12,22 +12,22 @@ import numpy as np
 from jax import random
 from numpyro.handlers import condition
 
-from numpyro_pvmc.chain import read_chain, read_structure
-from numpyro_pvmc.compiled import for_each_model
-from numpyro_pvmc.data import check_data, check_distributions
-from numpyro_pvmc.diagnostics import check_posterior, health
-from numpyro_pvmc.explanation import refuse_nan
-from numpyro_pvmc.faults import at_point, first_place, series
-from numpyro_pvmc.kalman import Smoothed, smooth, trajectory
-from numpyro_pvmc.linear import by_site, check_linear_gaussian, covariances_by_site, matrices, native
-from numpyro_pvmc.posterior import SmoothedPosterior, derived, given, smoothed_posterior, summary
-from numpyro_pvmc.potentials import propose
-from numpyro_pvmc.precise import precise
-from numpyro_pvmc.program import Arguments, is_traced
-from numpyro_pvmc.smoothing import marginals
-from numpyro_pvmc.structure import Structure, refuse_unlisted
-from numpyro_pvmc.switches import where_nan_means_missing
-from numpyro_pvmc.tracebacks import with_short_tracebacks
+from numpyro_pvmc.chain.chain import read_chain, read_structure
+from numpyro_pvmc.chain.explanation import refuse_nan
+from numpyro_pvmc.chain.faults import at_point, first_place, series
+from numpyro_pvmc.chain.linear_gaussian import by_site, check_linear_gaussian, covariances_by_site, matrices, native
+from numpyro_pvmc.chain.potentials import enumerated
+from numpyro_pvmc.chain.validation import check_data, check_distributions
+from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory
+from numpyro_pvmc.ops.smoothing import marginals
+from numpyro_pvmc.posterior.diagnostics import check_posterior, health
+from numpyro_pvmc.posterior.particles import SmoothedPosterior, derived, given, smoothed_posterior, summary
+from numpyro_pvmc.program.compiled import for_each_model
+from numpyro_pvmc.program.handlers import Arguments, is_traced
+from numpyro_pvmc.program.structure import Structure, refuse_unlisted
+from numpyro_pvmc.program.switches import where_nan_means_missing
+from numpyro_pvmc.program.tracebacks import with_short_tracebacks
 
 
 @functools.partial(
@@ -257,8 +257,8 @@ def _sum(model, structure, arguments, params):
     global_values = {name: params[name] for name in structure.global_sites}
     model = condition(model, global_values)
     structure = structure._replace(global_sites=(), global_factors=(*structure.global_factors, *structure.global_sites))
-    lattice = propose(random.key(0), structure, model, lambda *args, **kwargs: None, arguments, params, 1)
-    posterior = smoothed_posterior(lattice, marginals(lattice.node, lattice.edges, lattice.mask))
+    potentials = enumerated(read_chain(structure, model, arguments, params))
+    posterior = smoothed_posterior(potentials, marginals(potentials.node, potentials.edges, potentials.mask))
     rest = {name: x for name, x in posterior.params.items() if name not in global_values}
     found = health(posterior)
     return dataclasses.replace(posterior, globals=global_values, params=rest, model=None, arguments=None), found

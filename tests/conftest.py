@@ -10,7 +10,8 @@ import jaxtyping
 import pytest
 
 jaxtyping.install_import_hook(
-    [f"numpyro_pvmc.{room}" for room in ("blocks", "recursion", "semiring", "smoothing", "tree")], "beartype.beartype"
+    [f"numpyro_pvmc.ops.{name}" for name in ("associative", "blocked", "forward_backward", "semiring", "smoothing")],
+    "beartype.beartype",
 )
 # The processor, for work that is spread over devices; all other work is on the first.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -56,7 +57,8 @@ def pytest_configure(config):
 def another_way(request):
     """All tests hold for every way of summing trajectories, and of computing the densities of pairs."""
     # Not at the top: the shape checker sees only what is imported after its hook.
-    from numpyro_pvmc import densities, smoothing
+    from numpyro_pvmc.chain import densities
+    from numpyro_pvmc.ops import smoothing
 
     method = request.config.getoption("method")
     with pytest.MonkeyPatch.context() as patch:

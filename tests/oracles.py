@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Chain(NamedTuple):
-    """Sums over all paths through a lattice of T steps and K particles; the weights sum to one over the particles."""
+    """Sums over all paths through a chain of T steps and K particles; the weights sum to one over the particles."""
 
     log_normalizer: float
     weights: np.ndarray  # (T, K)
@@ -20,7 +20,7 @@ def log_sum(logs):
 
 
 def paths_and_logs(node, edge):
-    """Every path through the lattice with the log of its unnormalised mass."""
+    """Every path through the potentials with the log of its unnormalised mass."""
     T, K = node.shape
     paths = np.array(list(itertools.product(range(K), repeat=T)))
     t = np.arange(T)

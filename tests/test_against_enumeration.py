@@ -12,10 +12,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 from conftest import DOUBLE, SINGLE
 from models import BY_NAME
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain import read_structure
-from numpyro_pvmc.potentials import propose
-from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.smoothing import pairwise_marginals
+from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.ops.smoothing import pairwise_marginals
+from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.pvmc.propose import propose
 from oracles import enumerate_chain
 
 # Random programs and those of the contract go the same way; these are of the kinds that differ most.
@@ -44,9 +44,9 @@ def smooth(program, num_particles):
 
     @jax.jit
     def posterior_and_pairs(key, params, arguments):
-        lattice = propose(key, structure, program.model, program.guide, arguments, params, num_particles)
-        edge = jax.vmap(lattice.edges.function)(lattice.edges.inputs)
-        pairs = pairwise_marginals(lattice.node, edge, lattice.mask)
+        potentials = propose(key, structure, program.model, program.guide, arguments, params, num_particles).potentials
+        edge = jax.vmap(potentials.edges.function)(potentials.edges.inputs)
+        pairs = pairwise_marginals(potentials.node, edge, potentials.mask)
         return pvmc.posterior(key, params, *arguments.args, **arguments.kwargs), pairs
 
     return posterior_and_pairs(key, params, arguments)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from numpyro_pvmc.bounds import Interval, as_interval, bounded
+from numpyro_pvmc.jaxprs.bounds import Interval, as_interval, bounded
 
 TABLE = jnp.array([4, 7, 1])
 INF = np.inf

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from numpyro_pvmc.dependence import changes_by_steps, follows_slope, mixes_rows
+from numpyro_pvmc.jaxprs.dependence import changes_by_steps, follows_slope, mixes_rows
 
 ROWS = np.linspace(-1.0, 1.0, 20).reshape(5, 4)
 IDENTITY, TABLE = np.eye(5), np.arange(20.0).reshape(5, 4)

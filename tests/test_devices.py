@@ -12,7 +12,7 @@ import pytest
 from conftest import few_particles
 from linear_gaussian import guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
-from numpyro_pvmc.smoothing import log_normalizer, marginals
+from numpyro_pvmc.ops.smoothing import log_normalizer, marginals
 
 pytestmark = few_particles
 

@@ -12,7 +12,7 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.endings import warn_of_ending
+from numpyro_pvmc.infer.endings import warn_of_ending
 
 Y = jnp.sin(jnp.arange(4.0))
 

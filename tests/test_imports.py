@@ -6,7 +6,7 @@ import sys
 import pytest
 from scipy.stats import qmc
 
-from numpyro_pvmc.quasirandom import has_points
+from numpyro_pvmc.guides.quasirandom import has_points
 
 
 def python(program):

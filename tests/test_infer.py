@@ -15,8 +15,8 @@ from numpyro.infer.autoguide import AutoNormal
 
 from conftest import few_particles
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.phases import calls, growth
-from numpyro_pvmc.program import Arguments, parameters_of_the_model
+from numpyro_pvmc.infer.schedule import calls, growth
+from numpyro_pvmc.program.handlers import Arguments, parameters_of_the_model
 from oracles import kalman_filter
 
 pytestmark = few_particles
@@ -116,7 +116,7 @@ def test_a_watched_run_is_the_same_run(capsys, monkeypatch):
     """However its steps are cut into calls: the first third of them warm up."""
     pvmc, y = PVMC(CountedModel(), num_particles=2), simulate(0, 4)
     hidden = pvmc.run(jax.random.key(0), 40, y, progress_bar=False)
-    monkeypatch.setattr("numpyro_pvmc.infer.calls", lambda num_steps, watched: [1, 5, num_steps - 6])
+    monkeypatch.setattr("numpyro_pvmc.pvmc.pvmc.calls", lambda num_steps, watched: [1, 5, num_steps - 6])
     watched = pvmc.run(jax.random.key(0), 40, y)
     assert_array_equal(watched.losses, hidden.losses)
     shown = capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_a_watched_run_is_the_same_run(capsys, monkeypatch):
 @pytest.mark.parametrize(("seconds", "expected"), [(0.1, [1, 1, 4, 4, 4, 4, 2]), (1.0, [1] * 20), (1e-5, [1, 1, 18])])
 def test_a_watched_run_shows_progress_every_half_second(monkeypatch, seconds, expected):
     now, counts = 0.0, []
-    monkeypatch.setattr("numpyro_pvmc.phases.time.perf_counter", lambda: now)
+    monkeypatch.setattr("numpyro_pvmc.infer.schedule.time.perf_counter", lambda: now)
     for count in calls(20, watched=True):
         now += count * seconds + (0.0 if counts else 5.0)  # the first call compiles
         counts.append(count)

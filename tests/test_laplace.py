@@ -15,13 +15,14 @@ from scipy.optimize import minimize
 from linear_gaussian import law, simulate
 from linear_gaussian import model as linear_gaussian
 from models import BY_NAME
-from numpyro_pvmc.chain import read_chain, read_structure
-from numpyro_pvmc.coordinates import Proposal, coordinates_of_model
-from numpyro_pvmc.laplace import _log_joint, _points, laplace
-from numpyro_pvmc.moments import Moments
-from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.refinement import propose_gaussian
-from numpyro_pvmc.smoothing import marginals
+from numpyro_pvmc.chain.chain import read_chain, read_structure
+from numpyro_pvmc.chain.unconstrained import coordinates_of_model
+from numpyro_pvmc.guides.gaussian import Proposal
+from numpyro_pvmc.guides.laplace import _log_joint, _points, laplace
+from numpyro_pvmc.guides.refitting import propose_gaussian
+from numpyro_pvmc.ops.gaussian import Moments
+from numpyro_pvmc.ops.smoothing import marginals
+from numpyro_pvmc.program.handlers import Arguments
 from oracles import LinearGaussian, rts_smoother
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -57,8 +58,8 @@ def slope(chain, coordinates, found):
 
 
 def effective_share(chain, coordinates, found, num_particles=64):
-    lattice = propose_gaussian(random.key(0), chain, coordinates, found, num_particles)
-    log_weights = marginals(lattice.node, lattice.edges, lattice.mask).log_weights
+    potentials = propose_gaussian(random.key(0), chain, coordinates, found, num_particles)
+    log_weights = marginals(potentials.node, potentials.edges, potentials.mask).log_weights
     return 1 / jnp.exp(2 * log_weights).sum(-1) / num_particles
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from numpyro_pvmc.kalman import Matrices, smooth
-from numpyro_pvmc.smoothing import Edges, log_normalizer, log_normalizer_and_weights, marginals
+from numpyro_pvmc.ops.kalman import Matrices, smooth
+from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, log_normalizer_and_weights, marginals
 
 K, SLOPE = 4, np.float32(0.9)
 long_chains = pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from scipy import stats
 
 from conftest import few_particles, initial_params
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain import presence, read_chain, read_structure
-from numpyro_pvmc.densities import Particles
-from numpyro_pvmc.potentials import weigh
-from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.proposal import check_guide, proposal_log_densities
-from numpyro_pvmc.smoothing import marginals
+from numpyro_pvmc.chain.chain import presence, read_chain, read_structure
+from numpyro_pvmc.chain.densities import Particles
+from numpyro_pvmc.chain.potentials import weigh
+from numpyro_pvmc.guides.checks import check_guide, proposal_log_densities
+from numpyro_pvmc.ops.smoothing import marginals
+from numpyro_pvmc.program.handlers import Arguments
 from oracles import log_gaussian
 
 pytestmark = few_particles
@@ -205,7 +205,7 @@ def known_at_times(y, x, known):
 
 @pytest.mark.slow
 def test_states_that_are_known_at_some_times(x64):
-    """Each is one point of the lattice, however many particles it has."""
+    """Each is one point of the potentials, however many particles it has."""
     states = Y + 0.2
     arguments = jnp.asarray(Y), jnp.asarray(np.where(SEEN, states, np.nan)), jnp.asarray(SEEN)
     pvmc = PVMC(known_at_times, num_particles=256)

@@ -12,7 +12,7 @@ from numpyro.infer.autoguide import AutoNormal
 from conftest import initial_params
 from models import BY_NAME
 from numpyro_pvmc import PVMC, parts
-from numpyro_pvmc.parts import at_all_steps
+from numpyro_pvmc.ops.chunks import at_all_steps
 
 WIDTH = 50
 WEIGHTS = random.normal(random.key(0), (4, WIDTH, WIDTH)) / math.sqrt(WIDTH)

@@ -124,7 +124,7 @@ def particle_numbers(posterior, samples, site, n):
 
 
 @pytest.mark.parametrize("name", ["two_coupled_sites", *(pytest.param(n, marks=pytest.mark.slow) for n in ("series", "held"))])
-def test_trajectories_have_the_joint_law_of_the_lattice(name):
+def test_trajectories_have_the_joint_law_of_the_potentials(name):
     """Neighbouring points, and the two ends, pair by pair; all sites of a point come from one particle."""
     program, posterior, number = BY_NAME[name], smoothed(name, 3), 20_000
     samples = posterior.sample(jax.random.key(0), (number,))
@@ -226,11 +226,11 @@ def assert_mean(samples, expected, *, at_most_standard_error):
 
 
 def test_forecasts_continue_each_trajectory_from_its_last_state():
-    """Draws from one lattice share its K particles, so the unit of the error bars is a lattice: 400 of 16 draws each."""
-    lattices, draws, horizon = 400, 16, 4
+    """Draws from one posterior share its K particles, so the unit of the error bars is a posterior: 400 of 16 draws each."""
+    posteriors, draws, horizon = 400, 16, 4
     pvmc = PVMC(model, guide, num_particles=128)
     one = lambda key: pvmc.sample_posterior(key, {"slope": A}, Y, sample_shape=(draws,))
-    samples = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(jax.random.key(0), lattices))
+    samples = jax.jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(jax.random.key(0), posteriors))
     together = {site: x.reshape(-1, *x.shape[2:]) for site, x in samples.items()}
     predict = Predictive(model, together, params={"slope": A}, return_sites=["x", "y"])
     predicted = predict(jax.random.key(1), T=T + horizon)
@@ -242,10 +242,10 @@ def test_forecasts_continue_each_trajectory_from_its_last_state():
     last_variance = EXACT.covariances[-1, 0, 0]
     last = (np.asarray(together["x"][:, -1:], np.float64) - EXACT.means[-1, 0]) / np.sqrt(last_variance)
     correlation = A ** np.arange(1, horizon + 1) * np.sqrt(last_variance / variance)
-    by_lattice = lambda x: x.reshape(lattices, draws, horizon).mean(1)
-    assert_mean(by_lattice(z), 0.0, at_most_standard_error=0.02)
-    assert_mean(by_lattice(z**2), 1.0, at_most_standard_error=0.02)
-    assert_mean(by_lattice(z * last), correlation, at_most_standard_error=0.02)
+    by_posterior = lambda x: x.reshape(posteriors, draws, horizon).mean(1)
+    assert_mean(by_posterior(z), 0.0, at_most_standard_error=0.02)
+    assert_mean(by_posterior(z**2), 1.0, at_most_standard_error=0.02)
+    assert_mean(by_posterior(z * last), correlation, at_most_standard_error=0.02)
 
 
 def test_arviz(tmp_path):

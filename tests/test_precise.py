@@ -13,9 +13,9 @@ from numpyro.distributions.util import lazy_property
 
 from conftest import few_particles
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
+from numpyro_pvmc.chain.pairwise import pair_form
 from numpyro_pvmc.exact import exact_posterior
-from numpyro_pvmc.pairs import pair_form
-from numpyro_pvmc.precise import precise
+from numpyro_pvmc.ops.full_precision import precise
 
 pytestmark = few_particles
 

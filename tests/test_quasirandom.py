@@ -12,7 +12,7 @@ from numpyro.contrib.control_flow import scan
 
 from conftest import few_particles
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
-from numpyro_pvmc.quasirandom import from_uniform, noise_shape, uniform_points
+from numpyro_pvmc.guides.quasirandom import from_uniform, noise_shape, uniform_points
 
 pytestmark = few_particles
 

@@ -62,10 +62,10 @@ def check_weights(program, posterior, exact):
 
 
 def check_draws(program, posterior, exact, params):
-    """Draws are trajectories of the lattice, as likely as they should be; deterministic sites are what the model computes."""
+    """Draws are trajectories of the particles, as likely as they should be; deterministic sites are what the model computes."""
     samples = posterior.sample(random.key(2), (DRAWS,))
     log_mass = exact.log_mass(samples)
-    assert np.isfinite(log_mass).all(), "a draw is no trajectory of the lattice"
+    assert np.isfinite(log_mass).all(), "a draw is no trajectory of the particles"
     every = exact.log_mass(exact.values)
     mass = np.exp(exact.log_weights)
     finite = np.where(mass > 0, every, 0.0)

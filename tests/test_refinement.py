@@ -21,7 +21,7 @@ import autoregressions
 from conftest import initial_params
 from models_blind import BLIND, T, key_of
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
-from numpyro_pvmc.moments import Moments, dense, diagonal, refit, spread, widening
+from numpyro_pvmc.ops.gaussian import Moments, dense, diagonal, refit, spread, widening
 from oracles import LinearGaussian, kalman_filter, rts_smoother
 
 

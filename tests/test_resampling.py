@@ -10,8 +10,8 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from numpyro_pvmc import PVMC, AutoStateSpace
-from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.resampling import ROUNDS, Guide, resample
+from numpyro_pvmc.posterior.resampling import ROUNDS, Guide, resample
+from numpyro_pvmc.program.handlers import Arguments
 
 NUMBER = 1000
 

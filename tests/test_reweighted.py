@@ -14,7 +14,7 @@ from numpyro.infer import SVI
 
 from conftest import few_particles
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
-from numpyro_pvmc.phases import growth
+from numpyro_pvmc.infer.schedule import growth
 from oracles import LinearGaussian, forward_backward, rts_smoother
 
 pytestmark = few_particles

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 from numpy.testing import assert_allclose
 
-from numpyro_pvmc.semiring import logmatmulexp, logsumexp
+from numpyro_pvmc.ops.semiring import logmatmulexp, logsumexp
 
 INF = np.inf
 

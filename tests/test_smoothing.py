@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
 from conftest import in_both_precisions
-from numpyro_pvmc import smoothing
+from numpyro_pvmc.ops import smoothing
 from oracles import enumerate_chain, forward_backward, paths_and_logs
 
 INF = np.inf

@@ -6,8 +6,8 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.contrib.control_flow import scan
 
-from numpyro_pvmc.chain import read_structure
-from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.program.handlers import Arguments
 
 
 def population(kind):

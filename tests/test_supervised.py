@@ -18,7 +18,7 @@ from scipy import stats
 from conftest import few_particles, in_both_precisions, initial_params
 from models import BY_NAME
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
-from numpyro_pvmc.supervised import kernel_log_density, squared_error
+from numpyro_pvmc.pvmc.supervised import kernel_log_density, squared_error
 from test_against_enumeration import enumerate_program, presence
 
 pytestmark = few_particles

@@ -10,9 +10,9 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain import read_structure
-from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.proposal import check_guide
+from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.guides.checks import check_guide
+from numpyro_pvmc.program.handlers import Arguments
 
 Y = np.array([[0.3, 0.1], [np.nan, 0.4], [0.2, -0.5]], np.float32)
 

@@ -14,10 +14,10 @@ from floor import exponentials, pairs, seconds
 
 from linear_gaussian import guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
-from numpyro_pvmc.chain import read_structure
-from numpyro_pvmc.potentials import propose
-from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.smoothing import Edges, log_normalizer, marginals
+from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, marginals
+from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.pvmc.propose import propose
 
 LONG_RUNS = True
 SIZES = {"T": (50, 200, 1_000, 3_000, 10_000), "K": (8, 32, 128, 256, 512), "B": (1, 4, 16, 64, 256)}
@@ -31,9 +31,9 @@ def of_given_particles(compute, place=lambda x: x):
     def work(y, params, K):
         arguments = Arguments((y,), {})
         structure = read_structure(model, arguments, params)
-        lattice = propose(jax.random.key(0), structure, model, guide, arguments, params, K, particles="iid")
-        function, inputs = lattice.edges
-        given = place((lattice.node, inputs))
+        potentials = propose(jax.random.key(0), structure, model, guide, arguments, params, K, particles="iid").potentials
+        function, inputs = potentials.edges
+        given = place((potentials.node, inputs))
         compiled = jax.jit(lambda node, inputs: compute(node, Edges(function, inputs)))
         return lambda: compiled(*given)
 

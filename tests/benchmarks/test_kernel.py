@@ -11,11 +11,11 @@ import pytest
 
 from linear_gaussian import SERIES, TRANSITIONS, guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
-from numpyro_pvmc.chain import read_structure
-from numpyro_pvmc.drawing import draw, sites_to_draw
-from numpyro_pvmc.potentials import propose
-from numpyro_pvmc.program import Arguments
-from numpyro_pvmc.smoothing import Edges, log_normalizer, marginals
+from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.guides.draws import draw, sites_to_draw
+from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, marginals
+from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.pvmc.propose import propose
 
 LONG_RUNS = True  # else XLA would leave out the optimisations that are measured here
 K = 64
@@ -36,10 +36,10 @@ def params(y):
 
 
 @pytest.fixture(scope="module")
-def lattice(y, params):
+def potentials(y, params):
     arguments = Arguments((y,), {})
     structure = read_structure(model, arguments, params)
-    return propose(jax.random.key(0), structure, model, guide, arguments, params, K)
+    return propose(jax.random.key(0), structure, model, guide, arguments, params, K).potentials
 
 
 def test_draws(measure, y, params):
@@ -50,9 +50,9 @@ def test_draws(measure, y, params):
 
 
 @pytest.mark.parametrize("weigh", [log_normalizer, marginals], ids=["log_normalizer", "marginals"])
-def test_lattice(measure, lattice, weigh):
-    function, inputs = lattice.edges
-    measure(jax.jit(lambda node, inputs: weigh(node, Edges(function, inputs))), lattice.node, inputs)
+def test_lattice(measure, potentials, weigh):
+    function, inputs = potentials.edges
+    measure(jax.jit(lambda node, inputs: weigh(node, Edges(function, inputs))), potentials.node, inputs)
 
 
 def value_and_gradient():

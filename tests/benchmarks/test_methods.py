@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from numpyro_pvmc.smoothing import METHODS, Edges, log_normalizer
+from numpyro_pvmc.ops.smoothing import METHODS, Edges, log_normalizer
 
 LONG_RUNS = True
 SIZES = [(T, K, B) for B in (1, 16) for T in (100, 1_000, 10_000) for K in (4, 16, 64) if T * K**3 * B < 1e10]

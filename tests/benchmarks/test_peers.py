@@ -12,9 +12,9 @@ from peers import BACKWARD, RESAMPLING, backward_sampled, de_sequentialized, fil
 
 from linear_gaussian import SERIES, model
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain import read_structure
-from numpyro_pvmc.potentials import propose
-from numpyro_pvmc.program import Arguments
+from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.pvmc.propose import propose
 
 LONG_RUNS = True
 K, KEYS, ROUNDS = 64, 8, 9
@@ -62,12 +62,12 @@ def test_de_sequentialized(row, data, guide):
     structure = read_structure(model, arguments, {})
 
     def run(key):
-        lattice = propose(key, structure, model, guide, arguments, {}, K, particles="iid")
-        edge = jax.vmap(lattice.edges.function)(lattice.edges.inputs)
-        values = lattice.particles.initial["x_0"][None], lattice.particles.steps["x"]
+        potentials = propose(key, structure, model, guide, arguments, {}, K, particles="iid").potentials
+        edge = jax.vmap(potentials.edges.function)(potentials.edges.inputs)
+        values = potentials.particles.initial["x_0"][None], potentials.particles.steps["x"]
         x = jnp.moveaxis(jnp.concatenate(values), 1, 2)  # (T + 1, series, K, D)
         keys = jax.random.split(key, SERIES)
-        return jax.vmap(de_sequentialized, (0, 1, 1, 1), (0, 1))(keys, lattice.node, edge, x)
+        return jax.vmap(de_sequentialized, (0, 1, 1, 1), (0, 1))(keys, potentials.node, edge, x)
 
     row(run, method="de-sequentialized Monte Carlo", K=K)
 

@@ -1,0 +1,352 @@
+"""A NumPyro program in, what NumPyro's handlers saw of it out.
+
+The only room that speaks NumPyro's effect handlers: it runs a program with given values, hands over the scans that the
+program reaches instead of running them, runs the body of a scan for one step, and draws from a guide.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import random
+from numpyro.handlers import block, condition, seed, substitute, trace
+from numpyro.ops.pytree import PytreeTrace
+from numpyro.primitives import Messenger
+
+from numpyro_pvmc.infer.requests import check_static, is_array_of_numbers
+from numpyro_pvmc.program.distributions import base_law
+
+Site = dict[str, Any]
+Sites = dict[str, Site]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@jax.tree_util.register_pytree_node_class
+class Arguments:
+    """Positional and keyword arguments of a program: arrays are leaves, anything else is static.
+
+    Python scalars, strings, ``None`` and callables keep their values under `jax.jit`: a length stays a number.
+
+    :raises TypeError: when it is flattened with an argument that is neither an array nor hashable.
+    """
+
+    def __init__(self, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+
+    def __call__(self, program: Callable) -> Any:
+        return program(*self.args, **self.kwargs)
+
+    def tree_flatten(self):
+        leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
+        is_array = tuple(map(is_array_of_numbers, leaves))
+        static = tuple(None if array else check_static(leaf) for leaf, array in zip(leaves, is_array, strict=True))
+        arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
+        return arrays, (treedef, is_array, static)
+
+    @classmethod
+    def tree_unflatten(cls, aux, arrays):
+        treedef, is_array, static = aux
+        arrays = iter(arrays)
+        leaves = [next(arrays) if array else leaf for leaf, array in zip(static, is_array, strict=True)]
+        self = object.__new__(cls)
+        self.args, self.kwargs = jax.tree.unflatten(treedef, leaves)
+        return self
+
+
+def signature(tree: Any) -> Hashable:
+    """What of a pytree a compiled function is compiled for: its structure, shapes and types.
+
+    :param tree: a pytree, such as :class:`Arguments`.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether a pytree has arrays without numbers yet.
+
+    :param tree: a pytree.
+    """
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+class Scan(NamedTuple):
+    """What a program passed to NumPyro's `scan`, at the moment it got there.
+
+    `around` is what the handlers around the scan do to the sites of its body, by name: stand-ins with a leading time axis,
+    masked and scaled. It is filled when the program goes on after a scan that was replaced.
+    """
+
+    body: Callable
+    init: Any
+    xs: Any
+    length: int | None
+    reverse: bool
+    history: int
+    substitutions: tuple[tuple[str, Any], ...]
+    rng_key: jax.Array | None
+    around: dict[str, Site]
+
+    @property
+    def is_marked(self) -> bool:
+        return getattr(self.body, "is_markov", False)
+
+
+_PROBE = "_scan_probe"
+
+
+class _AtScan(Messenger):
+    """Hands each scan to a function, which may return ``(last carry, outputs, sites)`` in place of running it.
+
+    On the way it looks at plates: at their sizes, and at their indices, which may be given and not fit.
+    """
+
+    def __init__(self, at_scan):
+        self.at_scan = at_scan
+        self.count = 0
+        super().__init__()
+
+    def process_message(self, msg):
+        if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
+            body, init, xs, length, reverse = msg["args"]
+            kwargs = msg["kwargs"]
+            substitutions = tuple(kwargs["substitute_stack"])
+            scan = Scan(body, init, xs, length, reverse, kwargs["history"], substitutions, kwargs["rng_key"], {})
+            replacement = self.at_scan(self.count, scan)
+            self.count += 1
+            if replacement is not None:
+                carry, outputs, shapes = replacement
+                # Handlers around a scan act on its sites when NumPyro hands these out again after it. So stand-ins are handed
+                # out: what has become of them is what those handlers do.
+                probes = {name: _probe(name, shape, scan.around) for name, shape in shapes.items()}
+                msg["value"] = ((0, None, carry), (PytreeTrace(probes), outputs))
+        elif msg["type"] == "plate":
+            total, size = msg["args"]
+            # Before NumPyro draws indices: on an accelerator its way of drawing them fails with words of its own.
+            if size is not None and size > total:
+                raise ValueError(f"The plate '{msg['name']}' has {total} elements, fewer than its `subsample_size={size}`.")
+        elif msg["type"] == "sample" and msg["value"] is None and isinstance(base_law(msg["fn"]), dist.ImproperUniform):
+            raise ValueError(
+                f"Latent site '{msg['name']}' outside the scan has an `ImproperUniform` distribution, of which nothing can be "
+                "drawn, and the chain has no evidence under it. Give it a proper one, such as a wide Normal."
+            )
+        elif msg["type"] == "sample" and _PROBE in msg["infer"]:
+            msg["stop"] = True
+            name, around = msg["infer"][_PROBE]
+            if msg["name"] != name:
+                raise ValueError(
+                    f"A `scope` handler around the chain's `scan` renames the sites of its body ('{name}' to '{msg['name']}'), "
+                    "which its step does not know. Enter the handler around the whole model, or not at all."
+                )
+            around[name] = msg
+
+    def postprocess_message(self, msg):
+        if msg["type"] == "plate":
+            (total, size), given = msg["args"], msg["value"]
+            size = total if size is None else size
+            if jnp.shape(given) != (size,) or not jnp.issubdtype(jnp.result_type(given), jnp.integer):
+                raise ValueError(
+                    f"The indices given for the plate '{msg['name']}' have the shape {jnp.shape(given)} and the type "
+                    f"{jnp.result_type(given)}, but its minibatch is of {size} series: give as many integers."
+                )
+
+
+def _probe(name, shape, around):
+    return {
+        "type": "sample",
+        "name": name,
+        "fn": dist.Normal(0.0, 1.0).expand(shape),
+        "args": (),
+        "kwargs": {"rng_key": None, "sample_shape": ()},
+        "value": jnp.zeros(shape),
+        "scale": None,
+        "is_observed": True,
+        "intermediates": [],
+        "cond_indep_stack": [],
+        "infer": {_PROBE: (name, around)},
+        "_control_flow_done": True,
+    }
+
+
+def run(
+    program: Callable,
+    arguments: Arguments,
+    values: dict[str, Any],
+    rng_key: jax.Array,
+    at_scan: Callable[[int, Scan], tuple[Any, Any, Shapes] | None] = lambda index, scan: None,
+) -> Sites:
+    """Run a program with some of its sites given.
+
+    :param program: a NumPyro program.
+    :param arguments: what it is called with.
+    :param values: values of parameters and sites, by name; sites not among them are drawn.
+    :param rng_key: random key.
+    :param at_scan: is told of each scan, in order; what it returns stands for the last carry, the outputs and the batch shapes
+        of the sample sites of the scan, time included, which the program then does not have. ``None`` runs the scan.
+    :return: the sites outside the scans that were replaced, by name.
+    """
+    with block(), trace() as sites, _AtScan(at_scan), substitute(data=values), seed(rng_seed=rng_key):
+        arguments(program)
+    return sites
+
+
+def parameters_of_the_model(model: Callable, guide: Callable, arguments: Arguments, values: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the parameters that a model declares, and its guide does not.
+
+    :param model: a NumPyro program.
+    :param guide: another.
+    :param arguments: what both are called with.
+    :param values: values of parameters and sites.
+    """
+    of_model, of_guide = set(), set()
+
+    def abstractly(arguments, values):
+        for program, names in ((model, of_model), (guide, of_guide)):
+            sites = run(program, arguments, values, random.key(0))
+            names.update(name for name, site in sites.items() if site["type"] == "param")
+
+    jax.eval_shape(abstractly, arguments, values)
+    return tuple(sorted(of_model - of_guide))
+
+
+def run_body(scan: Scan, t: Any, carry: Any, x: Any, values: dict[str, Any], length: int) -> tuple[Any, Any, Sites]:
+    """Run the body of a scan for one step, under the handlers that stood around the scan.
+
+    :param scan: the scan.
+    :param t: number of the step, from 0.
+    :param carry: carry before the step.
+    :param x: inputs of the step.
+    :param values: values of latent sites of the step; others are drawn.
+    :param length: number of steps.
+    :return: carry after the step, output, sites.
+    """
+    rng_key = random.key(0) if scan.rng_key is None else scan.rng_key
+    body = seed(scan.body, random.fold_in(rng_key, t))
+    for kind, given in scan.substitutions:
+        given_here = functools.partial(_given_at_step, given, t, length)
+        if kind == "condition":
+            body = condition(body, condition_fn=given_here)
+        elif kind == "substitute":
+            body = substitute(body, substitute_fn=given_here)
+    with block(), trace() as sites, substitute(data=values), _InBody():
+        result = body(carry, x)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise TypeError(
+            f"The step function of a `scan` must return two things, the new carry and an output, but it returned a "
+            f"{type(result).__name__}. Write `return x, x`, or `return x, None`."
+        )
+    carry, output = result
+    return carry, output, under_handlers(sites, scan, t)
+
+
+def under_handlers(sites: Sites, scan: Scan, t: Any) -> Sites:
+    """The sites of a step as the handlers around the scan leave them: masked, scaled.
+
+    :param sites: sites of one step.
+    :param scan: the scan.
+    :param t: number of the step, from 0.
+    """
+    changed = {}
+    for name, around in scan.around.items():
+        site, mask, scale = sites[name], mask_of(around), around["scale"]
+        if mask is not None:
+            site = {**site, "fn": site["fn"].mask(mask[t])}
+        if scale is not None:
+            scale = jnp.broadcast_to(scale, around["fn"].batch_shape)[t] if jnp.ndim(scale) else scale
+            site = {**site, "scale": scale if site["scale"] is None else scale * site["scale"]}
+        changed[name] = site
+    return sites | changed
+
+
+def batch_shapes(sites: Sites, length: int) -> Shapes:
+    """Batch shapes of the sample sites of a scan, by name.
+
+    :param sites: sites of one step.
+    :param length: number of steps.
+    """
+    return {name: (length, *site["fn"].batch_shape) for name, site in sites.items() if site["type"] == "sample"}
+
+
+class _InBody(Messenger):
+    def process_message(self, msg):
+        if msg["type"] == "sample" and msg["value"] is None and isinstance(base_law(msg["fn"]), dist.ImproperUniform):
+            raise ValueError(
+                f"Latent site '{msg['name']}' of the scan has an `ImproperUniform` law, of which nothing can be drawn. Give it "
+                "a proper one, such as a wide Normal."
+            )
+        if msg["type"] == "prng_key":
+            raise ValueError(
+                "The body of the chain's `scan` calls `numpyro.prng_key()`: what is drawn with that key is noise without a "
+                "density, over which nothing here integrates. Draw it with `numpyro.sample`, as a site of the step, or pass it "
+                "in as an input of the scan."
+            )
+        if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
+            raise ValueError(
+                "The body of the chain's `scan` contains another NumPyro `scan`: a nested scan is not a Markov chain in one "
+                "time index. Use `jax.lax.scan` for loops without sample sites, or write the inner steps as one vector site."
+            )
+
+
+def _given_at_step(given, t, length, site):
+    if site["type"] != "sample":
+        return None
+    value = given.get(site["name"]) if isinstance(given, dict) else given(site)
+    if value is None:
+        return None
+    value, ndim = jnp.asarray(value), len(site["kwargs"]["sample_shape"] + site["fn"].shape())
+    if value.ndim == ndim:
+        return value
+    if value.ndim == ndim + 1 and len(value) == length:
+        return value[t]
+    raise ValueError(
+        f"Site '{site['name']}' in the scan is given a value of shape {value.shape}. It needs the shape of one step, "
+        f"{site['fn'].shape()}, or that of all {length} steps, {(length, *site['fn'].shape())}."
+    )
+
+
+def log_prob(site: Site) -> jax.Array:
+    """Log density of a site at its value, masked and scaled, not summed.
+
+    :param site: a sample site.
+    :return: an array of the site's batch shape.
+    """
+    log_density = site["fn"].log_prob(site["value"])
+    return log_density if site["scale"] is None else site["scale"] * log_density
+
+
+def mask_of(site: Site) -> jax.Array | bool | None:
+    """The mask that handlers put on whole draws of a site.
+
+    :param site: a sample site.
+    :return: a boolean array of the site's batch shape, or ``None``.
+    """
+    fn, mask = site["fn"], None
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            own = jnp.broadcast_to(fn._mask, fn.batch_shape)
+            mask = own if mask is None else mask & own
+        fn = fn.base_dist
+    return None if mask is None else jnp.broadcast_to(mask, site["fn"].batch_shape)
+
+
+def log_densities(
+    guide: Callable, arguments: Arguments, params: dict[str, Any], rng_key: jax.Array, values: dict[str, Any]
+) -> Sites:
+    """Run a guide at given values of its sites.
+
+    :param guide: a NumPyro program.
+    :param arguments: what it is called with.
+    :param params: values of its parameters.
+    :param rng_key: random key.
+    :param values: values of its sample sites.
+    :return: its latent sample sites.
+    """
+    sites = run(guide, arguments, {**params, **values}, rng_key)
+    return {name: site for name, site in sites.items() if is_latent(site)}
+
+
+def is_latent(site):
+    return site["type"] == "sample" and not site["is_observed"]
