@@ -23,8 +23,8 @@ from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.ops.smoothing import marginals
 from numpyro_pvmc.posterior.diagnostics import check_posterior, health
 from numpyro_pvmc.posterior.particles import SmoothedPosterior, derived, given, smoothed_posterior, summary
+from numpyro_pvmc.program.arguments import Arguments, is_traced
 from numpyro_pvmc.program.compiled import for_each_model
-from numpyro_pvmc.program.handlers import Arguments, is_traced
 from numpyro_pvmc.program.structure import Structure, refuse_unlisted
 from numpyro_pvmc.program.switches import where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks

@@ -14,7 +14,7 @@ from models import BY_NAME
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.ops.smoothing import pairwise_marginals
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.pvmc.propose import propose
 from oracles import enumerate_chain
 

@@ -24,7 +24,7 @@ from numpyro_pvmc.chain.chain import read_chain, read_structure
 from numpyro_pvmc.chain.observations import observations
 from numpyro_pvmc.guides.gaussian import read_proposal
 from numpyro_pvmc.networks import Convolutions, Recurrent
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 
 pytestmark = few_particles
 

@@ -11,7 +11,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc.chain.chain import read_structure
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 
 T = 4
 Y = np.linspace(-1.0, 1.0, T)

@@ -16,7 +16,8 @@ from numpyro.infer.autoguide import AutoNormal
 from conftest import few_particles
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.infer.schedule import calls, growth
-from numpyro_pvmc.program.handlers import Arguments, parameters_of_the_model
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.handlers import parameters_of_the_model
 from oracles import kalman_filter
 
 pytestmark = few_particles

@@ -22,7 +22,7 @@ from numpyro_pvmc.guides.laplace import _log_joint, _points, laplace
 from numpyro_pvmc.guides.refitting import propose_gaussian
 from numpyro_pvmc.ops.gaussian import Moments
 from numpyro_pvmc.ops.smoothing import marginals
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 from oracles import LinearGaussian, rts_smoother
 
 pytestmark = pytest.mark.usefixtures("x64")

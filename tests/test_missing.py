@@ -20,7 +20,7 @@ from numpyro_pvmc.chain.densities import Particles
 from numpyro_pvmc.chain.potentials import weigh
 from numpyro_pvmc.guides.checks import check_guide, proposal_log_densities
 from numpyro_pvmc.ops.smoothing import marginals
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 from oracles import log_gaussian
 
 pytestmark = few_particles

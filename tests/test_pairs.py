@@ -14,7 +14,7 @@ from numpyro_pvmc.chain import densities
 from numpyro_pvmc.chain.chain import read_chain, read_structure
 from numpyro_pvmc.chain.densities import Particles, target
 from numpyro_pvmc.chain.pairwise import pair_form, univariate
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 
 K, N = 4, 3
 TRIL = np.array([[0.7, 0.0, 0.0], [0.2, 0.5, 0.0], [-0.1, 0.3, 0.9]])

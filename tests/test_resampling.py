@@ -11,7 +11,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from numpyro_pvmc import PVMC, AutoStateSpace
 from numpyro_pvmc.posterior.resampling import ROUNDS, Guide, resample
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 
 NUMBER = 1000
 

@@ -7,7 +7,7 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc.chain.chain import read_structure
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 
 
 def population(kind):

@@ -12,7 +12,7 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro_pvmc import PVMC
 from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.guides.checks import check_guide
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 
 Y = np.array([[0.3, 0.1], [np.nan, 0.4], [0.2, -0.5]], np.float32)
 

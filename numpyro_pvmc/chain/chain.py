@@ -16,9 +16,11 @@ from jax import lax, random
 
 from numpyro_pvmc.jaxprs.dependence import influence
 from numpyro_pvmc.program.analysis import analyse
+from numpyro_pvmc.program.arguments import Arguments, signature
 from numpyro_pvmc.program.counts import list_values
+from numpyro_pvmc.program.distributions import mask_of
 from numpyro_pvmc.program.find_chain import capture, first
-from numpyro_pvmc.program.handlers import Arguments, Scan, Site, Sites, log_prob, mask_of, run, run_body, signature
+from numpyro_pvmc.program.handlers import Scan, Site, Sites, log_prob, run, run_body
 from numpyro_pvmc.program.independence import check_independence
 from numpyro_pvmc.program.limits import Limits, Within, without_mass
 from numpyro_pvmc.program.structure import Structure, per_series, time_rows

@@ -11,10 +11,10 @@ from jax import lax
 from numpyro_pvmc.chain.chain import read_chain, sites_after_scan, sites_at_start, sites_of_step
 from numpyro_pvmc.chain.densities import Particles, with_states
 from numpyro_pvmc.chain.faults import Flaws, any_of, at_point, first_place, flaws, reason, series
-from numpyro_pvmc.program.axes import untidy
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.compiled import for_each_model
-from numpyro_pvmc.program.handlers import Arguments, log_prob
-from numpyro_pvmc.program.structure import Structure, per_series, time_rows
+from numpyro_pvmc.program.handlers import log_prob
+from numpyro_pvmc.program.structure import Structure, per_series, time_rows, untidy
 
 
 class Weighted(Protocol):

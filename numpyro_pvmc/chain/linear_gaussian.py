@@ -19,10 +19,10 @@ from jax import lax
 from numpyro_pvmc.chain.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step
 from numpyro_pvmc.jaxprs.dependence import changes_by_steps, follows_slope, influence
 from numpyro_pvmc.ops.kalman import Matrices, block_diagonal
-from numpyro_pvmc.program.axes import tidy, untidy
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import WRAPPERS
-from numpyro_pvmc.program.handlers import Arguments, Site
-from numpyro_pvmc.program.structure import Latent, Structure
+from numpyro_pvmc.program.handlers import Site
+from numpyro_pvmc.program.structure import Latent, Structure, tidy, untidy
 
 
 class Law(NamedTuple):

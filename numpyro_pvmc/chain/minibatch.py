@@ -9,8 +9,8 @@ import numpy as np
 import numpyro
 
 from numpyro_pvmc.chain.unconstrained import Block, Coordinates
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.find_chain import capture
-from numpyro_pvmc.program.handlers import Arguments
 from numpyro_pvmc.program.structure import Plate, Structure
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from numpyro_pvmc.chain.chain import Chain, at_all_steps
-from numpyro_pvmc.program.handlers import mask_of
+from numpyro_pvmc.program.distributions import mask_of
 
 
 def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:

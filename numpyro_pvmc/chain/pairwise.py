@@ -21,8 +21,8 @@ from jax import lax
 from numpyro.distributions.transforms import Transform
 
 from numpyro_pvmc.ops.full_precision import precise
-from numpyro_pvmc.program.distributions import WRAPPERS
-from numpyro_pvmc.program.handlers import Site, mask_of
+from numpyro_pvmc.program.distributions import WRAPPERS, mask_of
+from numpyro_pvmc.program.handlers import Site
 from numpyro_pvmc.program.structure import Structure
 
 _HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)

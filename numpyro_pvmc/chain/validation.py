@@ -13,11 +13,11 @@ from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_pvmc.chain.chain import at_all_steps, begin, presence, read_chain, read_structure, step, unmasked
 from numpyro_pvmc.chain.faults import Flaws, any_of, first_place, flaws, reason, series
+from numpyro_pvmc.program.arguments import Arguments, Held, is_traced, signature
 from numpyro_pvmc.program.compiled import for_each_model
 from numpyro_pvmc.program.counts import reads_numbers
-from numpyro_pvmc.program.distributions import base_support
-from numpyro_pvmc.program.handlers import Arguments, is_traced, log_prob, mask_of, run, signature
-from numpyro_pvmc.program.held import Held
+from numpyro_pvmc.program.distributions import base_support, mask_of
+from numpyro_pvmc.program.handlers import log_prob, run
 from numpyro_pvmc.program.structure import Structure, per_series
 
 _DRAWS = 3  # of the latent sites, to tell what reads them

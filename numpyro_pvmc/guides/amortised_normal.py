@@ -22,7 +22,7 @@ from numpyro_pvmc.chain.unconstrained import Coordinates, coordinates_of_model, 
 from numpyro_pvmc.guides.gaussian import Proposal, sample_proposal
 from numpyro_pvmc.guides.prior import at_medians, prior_coordinates
 from numpyro_pvmc.ops.gaussian import Moments, spread
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.structure import Structure
 
 _WIDEST = 4.0  # logs of scales stay within this of the prior's

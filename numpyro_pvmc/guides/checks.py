@@ -23,9 +23,10 @@ from numpyro_pvmc.chain.chain import Chain, Presence, read_chain, read_structure
 from numpyro_pvmc.chain.densities import Particles, target
 from numpyro_pvmc.chain.enumeration import number_of_states
 from numpyro_pvmc.ops.semiring import logsumexp
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import base_law, is_bounded
 from numpyro_pvmc.program.find_chain import first, length_of
-from numpyro_pvmc.program.handlers import Arguments, Scan, is_latent, log_densities, log_prob, run, run_body
+from numpyro_pvmc.program.handlers import Scan, is_latent, log_densities, log_prob, run, run_body
 from numpyro_pvmc.program.structure import Latent, Structure, per_series, refuse_unlisted
 
 

@@ -11,7 +11,8 @@ from numpyro.handlers import block, seed, substitute, trace
 from numpyro.primitives import Messenger
 
 from numpyro_pvmc.guides.quasirandom import from_uniform, has_points, noise_shape, uniform_points
-from numpyro_pvmc.program.handlers import Arguments, is_latent
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.handlers import is_latent
 from numpyro_pvmc.program.structure import Structure
 from numpyro_pvmc.program.tracebacks import warn_caller
 

@@ -25,8 +25,9 @@ from numpyro_pvmc.chain.unconstrained import (
 from numpyro_pvmc.guides.checks import check_guide
 from numpyro_pvmc.ops.full_precision import precise
 from numpyro_pvmc.ops.gaussian import Moments, dense
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import WRAPPERS
-from numpyro_pvmc.program.handlers import Arguments, log_densities
+from numpyro_pvmc.program.handlers import log_densities
 from numpyro_pvmc.program.structure import Structure
 
 

@@ -72,7 +72,7 @@ def laplace(chain: Chain, coordinates: Coordinates, start: Proposal, iterations:
         >>> from numpyro_pvmc.guides.gaussian import Proposal
         >>> from numpyro_pvmc.guides.laplace import laplace
         >>> from numpyro_pvmc.ops.gaussian import Moments
-        >>> from numpyro_pvmc.program.handlers import Arguments
+        >>> from numpyro_pvmc.program.arguments import Arguments
         >>> def model(y):
         ...     def step(x_prev, y_t):
         ...         x = numpyro.sample("x", dist.Normal(x_prev, 0.3))

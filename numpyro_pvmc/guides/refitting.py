@@ -12,7 +12,7 @@ from numpyro_pvmc.guides.draws import draw, sites_to_draw
 from numpyro_pvmc.guides.gaussian import Proposal, sample_proposal
 from numpyro_pvmc.ops.gaussian import refit, widening
 from numpyro_pvmc.ops.smoothing import log_normalizer
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 
 _LUCK = 3.0
 

@@ -20,7 +20,7 @@ from numpyro_pvmc.guides.prior import at_medians, prior_coordinates
 from numpyro_pvmc.guides.refitting import refitted, unless_worse
 from numpyro_pvmc.ops.full_precision import precise
 from numpyro_pvmc.ops.gaussian import Moments, dense, diagonal, spread
-from numpyro_pvmc.program.handlers import Arguments, is_traced
+from numpyro_pvmc.program.arguments import Arguments, is_traced
 
 COVARIANCES = ("diagonal", "full")
 INITS = ("prior", "laplace")

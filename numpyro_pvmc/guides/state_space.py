@@ -17,8 +17,8 @@ from numpyro_pvmc.chain.chain import Structures
 from numpyro_pvmc.chain.minibatch import minibatch_plates, subsampled
 from numpyro_pvmc.guides.prior import to_prior_median
 from numpyro_pvmc.guides.smoothed_normal import AutoSmoothedNormal
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.find_chain import capture
-from numpyro_pvmc.program.handlers import Arguments
 
 _MOST_TOGETHER = 50  # numbers whose correlations are learnt
 

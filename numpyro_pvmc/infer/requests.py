@@ -1,6 +1,6 @@
 """What is asked of an inference in, an error out if it means nothing."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,42 +29,6 @@ def check_key(rng_key: jax.Array) -> None:
     """
     if not isinstance(rng_key, jax.Array | np.ndarray):
         raise TypeError(f"`rng_key` must be a random key, as `jax.random.key(0)`, but got a {type(rng_key).__name__}.")
-
-
-def is_array_of_numbers(leaf: Any) -> bool:
-    """Whether an argument of a program is data, which may be other numbers in the next call.
-
-    :param leaf: an argument, or a part of one.
-    :raises TypeError: for a masked array of NumPy, whose mask JAX does not see.
-    """
-    if isinstance(leaf, np.ma.MaskedArray):
-        raise TypeError(
-            f"Among the arguments is a masked array of NumPy, of shape {leaf.shape}, whose mask would be lost. Fill its masked "
-            "entries, give the mask as an argument of its own, `model(y.filled(0.0), ~np.ma.getmaskarray(y))`, and put "
-            "`numpyro.handlers.mask(mask=seen_t)` around the site."
-        )
-    is_numpy = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufcV" and leaf.dtype.names is None
-    return is_numpy or isinstance(leaf, jax.Array)
-
-
-def check_static(leaf: Any) -> Any:
-    """An argument of a program that is no array, and so keeps its value while a program is compiled.
-
-    :param leaf: an argument, or a part of one.
-    :raises TypeError: naming what it is, if it is not hashable.
-    """
-    if isinstance(leaf, Hashable) and (isinstance(leaf, np.generic) or not hasattr(leaf, "__array__")):
-        return leaf
-    kind, dtype = type(leaf), getattr(leaf, "dtype", None)
-    what = f"a {kind.__module__}.{kind.__qualname__}" + ("" if dtype is None else f" of type {dtype}")
-    if isinstance(leaf, np.ndarray):
-        advice = "Take times as numbers, such as days since the first, and categories as integers from 0."
-        advice = "If its elements are numbers, convert it with `y.astype(float)`." if leaf.dtype == object else advice
-    else:
-        advice = "Convert data with `jax.numpy.asarray`."
-    raise TypeError(
-        f"Arguments of the model and the guide must be arrays of numbers, or hashable Python values, but got {what}. {advice}"
-    )
 
 
 def check_params(params: dict[str, Any]) -> None:

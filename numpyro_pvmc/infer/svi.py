@@ -20,8 +20,8 @@ from numpyro_pvmc.infer import requests
 from numpyro_pvmc.infer.endings import check_finite
 from numpyro_pvmc.infer.pickling import by_value
 from numpyro_pvmc.infer.resume import Expected, check_state, expected, precision
-from numpyro_pvmc.program.handlers import Arguments, is_traced, run, signature
-from numpyro_pvmc.program.held import Held
+from numpyro_pvmc.program.arguments import Arguments, Held, is_traced, signature
+from numpyro_pvmc.program.handlers import run
 from numpyro_pvmc.program.structure import Structure
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks

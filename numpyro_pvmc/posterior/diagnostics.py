@@ -9,8 +9,8 @@ import numpy as np
 
 from numpyro_pvmc.chain.explanation import Weighted, explain
 from numpyro_pvmc.chain.faults import at_point, first_place, series
+from numpyro_pvmc.program.arguments import is_traced
 from numpyro_pvmc.program.counts import warn_of_cut
-from numpyro_pvmc.program.handlers import is_traced
 from numpyro_pvmc.program.structure import Structure
 from numpyro_pvmc.program.tracebacks import warn_caller
 

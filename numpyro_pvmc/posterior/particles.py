@@ -19,10 +19,10 @@ from numpyro_pvmc.chain.potentials import ChainPotentials
 from numpyro_pvmc.ops.smoothing import Marginals, sample_backward
 from numpyro_pvmc.posterior import arviz as export
 from numpyro_pvmc.posterior.diagnostics import check_drawable
-from numpyro_pvmc.program.axes import tidy, untidy
+from numpyro_pvmc.program.arguments import Arguments, is_traced
 from numpyro_pvmc.program.compiled import for_each_model
-from numpyro_pvmc.program.handlers import Arguments, is_traced, run
-from numpyro_pvmc.program.structure import Structure, align
+from numpyro_pvmc.program.handlers import run
+from numpyro_pvmc.program.structure import Structure, align, tidy, untidy
 
 
 class Source(Protocol):

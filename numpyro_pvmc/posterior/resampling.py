@@ -26,7 +26,8 @@ from numpyro.distributions import biject_to
 from numpyro.handlers import block, seed, substitute, trace
 
 from numpyro_pvmc.ops.gaussian import Moments, refit
-from numpyro_pvmc.program.handlers import Arguments, is_latent
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.handlers import is_latent
 
 ROUNDS = 4  # of draws from a fitted distribution
 _FREEDOM = 5.0  # degrees of freedom of the t, whose tails are heavier than those of exponential families

@@ -15,9 +15,10 @@ import numpy as np
 from jax import random
 
 from numpyro_pvmc.jaxprs.dependence import influence
-from numpyro_pvmc.program.distributions import base_law, is_bounded
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.distributions import base_law, is_bounded, mask_of
 from numpyro_pvmc.program.find_chain import capture, check_continuous, choose_chain, first, survey, unknown, with_carry_dtypes
-from numpyro_pvmc.program.handlers import Arguments, is_latent, log_prob, mask_of, run, run_body
+from numpyro_pvmc.program.handlers import is_latent, log_prob, run, run_body
 from numpyro_pvmc.program.holds import check_masks
 from numpyro_pvmc.program.limits import declared_max_count, limits
 from numpyro_pvmc.program.structure import Latent, Plate, Structure

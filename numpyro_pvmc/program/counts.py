@@ -15,9 +15,9 @@ from jax import lax, random
 
 from numpyro_pvmc.jaxprs.bounds import Interval, as_interval, bounded, unbounded
 from numpyro_pvmc.jaxprs.dependence import influence
+from numpyro_pvmc.program.arguments import Arguments, places
 from numpyro_pvmc.program.find_chain import capture, first, survey
-from numpyro_pvmc.program.handlers import Arguments, Sites, is_latent, run_body
-from numpyro_pvmc.program.held import places
+from numpyro_pvmc.program.handlers import Sites, is_latent, run_body
 from numpyro_pvmc.program.limits import limits
 from numpyro_pvmc.program.structure import Latent, Structure
 from numpyro_pvmc.program.tracebacks import warn_caller

@@ -1,5 +1,9 @@
 """A law in, what it is inside of its wrappers out."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
@@ -36,3 +40,18 @@ def is_bounded(fn: dist.Distribution) -> bool:
     """
     # Bounds may be traced, and are not compared.
     return all(base_support(fn) is not free for free in (None, constraints.real, constraints.circular))
+
+
+def mask_of(site: dict[str, Any]) -> jax.Array | bool | None:
+    """The mask that handlers put on whole draws of a site.
+
+    :param site: a sample site.
+    :return: a boolean array of the site's batch shape, or ``None``.
+    """
+    fn, mask = site["fn"], None
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            own = jnp.broadcast_to(fn._mask, fn.batch_shape)
+            mask = own if mask is None else mask & own
+        fn = fn.base_dist
+    return None if mask is None else jnp.broadcast_to(mask, site["fn"].batch_shape)

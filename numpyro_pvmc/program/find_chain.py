@@ -12,8 +12,9 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
 
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import base_law
-from numpyro_pvmc.program.handlers import Arguments, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
+from numpyro_pvmc.program.handlers import Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
 
 _KEY = 0  # the seed of abstract runs, whose draws are never used
 

@@ -5,7 +5,7 @@ program reaches instead of running them, runs the body of a scan for one step, a
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,61 +16,12 @@ from numpyro.handlers import block, condition, seed, substitute, trace
 from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 
-from numpyro_pvmc.infer.requests import check_static, is_array_of_numbers
-from numpyro_pvmc.program.distributions import base_law
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.distributions import base_law, mask_of
 
 Site = dict[str, Any]
 Sites = dict[str, Site]
 Shapes = dict[str, tuple[int, ...]]
-
-
-@jax.tree_util.register_pytree_node_class
-class Arguments:
-    """Positional and keyword arguments of a program: arrays are leaves, anything else is static.
-
-    Python scalars, strings, ``None`` and callables keep their values under `jax.jit`: a length stays a number.
-
-    :raises TypeError: when it is flattened with an argument that is neither an array nor hashable.
-    """
-
-    def __init__(self, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None):
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
-
-    def __call__(self, program: Callable) -> Any:
-        return program(*self.args, **self.kwargs)
-
-    def tree_flatten(self):
-        leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
-        is_array = tuple(map(is_array_of_numbers, leaves))
-        static = tuple(None if array else check_static(leaf) for leaf, array in zip(leaves, is_array, strict=True))
-        arrays = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
-        return arrays, (treedef, is_array, static)
-
-    @classmethod
-    def tree_unflatten(cls, aux, arrays):
-        treedef, is_array, static = aux
-        arrays = iter(arrays)
-        leaves = [next(arrays) if array else leaf for leaf, array in zip(static, is_array, strict=True)]
-        self = object.__new__(cls)
-        self.args, self.kwargs = jax.tree.unflatten(treedef, leaves)
-        return self
-
-
-def signature(tree: Any) -> Hashable:
-    """What of a pytree a compiled function is compiled for: its structure, shapes and types.
-
-    :param tree: a pytree, such as :class:`Arguments`.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-
-
-def is_traced(tree: Any) -> bool:
-    """Whether a pytree has arrays without numbers yet.
-
-    :param tree: a pytree.
-    """
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 class Scan(NamedTuple):
@@ -315,21 +266,6 @@ def log_prob(site: Site) -> jax.Array:
     """
     log_density = site["fn"].log_prob(site["value"])
     return log_density if site["scale"] is None else site["scale"] * log_density
-
-
-def mask_of(site: Site) -> jax.Array | bool | None:
-    """The mask that handlers put on whole draws of a site.
-
-    :param site: a sample site.
-    :return: a boolean array of the site's batch shape, or ``None``.
-    """
-    fn, mask = site["fn"], None
-    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution):
-        if isinstance(fn, dist.MaskedDistribution):
-            own = jnp.broadcast_to(fn._mask, fn.batch_shape)
-            mask = own if mask is None else mask & own
-        fn = fn.base_dist
-    return None if mask is None else jnp.broadcast_to(mask, site["fn"].batch_shape)
 
 
 def log_densities(

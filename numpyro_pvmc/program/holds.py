@@ -21,8 +21,10 @@ import numpy as np
 from numpyro_pvmc.jaxprs.dependence import marks_of_rows
 from numpyro_pvmc.jaxprs.facts import Book, Value
 from numpyro_pvmc.jaxprs.provenance import Follower
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.distributions import mask_of
 from numpyro_pvmc.program.find_chain import capture, unknown
-from numpyro_pvmc.program.handlers import Arguments, mask_of, run_body
+from numpyro_pvmc.program.handlers import run_body
 from numpyro_pvmc.program.structure import Structure
 
 # Marks of the state before a step, and of its time; lower ones are of series.

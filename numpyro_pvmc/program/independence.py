@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import random
 
 from numpyro_pvmc.jaxprs.dependence import mixes_rows
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.find_chain import first, unknown, with_carry_dtypes
-from numpyro_pvmc.program.handlers import Arguments, log_prob, run, run_body
+from numpyro_pvmc.program.handlers import log_prob, run, run_body
 from numpyro_pvmc.program.structure import Structure, per_series, time_rows
 
 

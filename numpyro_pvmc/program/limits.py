@@ -16,8 +16,8 @@ from jax import lax
 from numpyro.distributions import constraints
 from numpyro.primitives import Messenger
 
-from numpyro_pvmc.program.distributions import base_support
-from numpyro_pvmc.program.handlers import Site, mask_of
+from numpyro_pvmc.program.distributions import base_support, mask_of
+from numpyro_pvmc.program.handlers import Site
 
 _OUTSIDE = "_outside"
 Limits = tuple[Any, Any]

@@ -7,8 +7,9 @@ import jax
 from jax.extend.core import Jaxpr, Literal
 
 from numpyro_pvmc.jaxprs.bounds import called_program
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.find_chain import capture, first
-from numpyro_pvmc.program.handlers import Arguments, log_prob, run_body
+from numpyro_pvmc.program.handlers import log_prob, run_body
 from numpyro_pvmc.program.structure import Structure
 
 _SAME_NUMBERS = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "copy", "stop_gradient")

@@ -16,8 +16,7 @@ from numpyro_pvmc.chain.minibatch import draw_indices
 from numpyro_pvmc.chain.potentials import tempered
 from numpyro_pvmc.guides.quasirandom import check_particles
 from numpyro_pvmc.ops.smoothing import check_method, log_normalizer, log_normalizer_and_weights
-from numpyro_pvmc.program.handlers import Arguments
-from numpyro_pvmc.program.held import Held
+from numpyro_pvmc.program.arguments import Arguments, Held
 from numpyro_pvmc.pvmc.propose import GRADIENTS, Proposed, propose
 
 

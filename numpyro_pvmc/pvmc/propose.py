@@ -15,7 +15,7 @@ from numpyro_pvmc.chain.enumeration import at_points
 from numpyro_pvmc.chain.potentials import ChainPotentials, chain_potentials
 from numpyro_pvmc.guides.checks import Refitted, check_guide, proposal_log_densities
 from numpyro_pvmc.guides.draws import draw, sites_to_draw
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.structure import Structure, align
 
 GRADIENTS = ("doubly_reparam", "reparam", "sticking", "reweighted")

@@ -20,7 +20,8 @@ from numpyro_pvmc.infer.schedule import MOST_AT_ONCE, calls, default_optimiser, 
 from numpyro_pvmc.infer.svi import CheckedSVI
 from numpyro_pvmc.posterior.diagnostics import check_posterior, health
 from numpyro_pvmc.posterior.particles import SmoothedPosterior
-from numpyro_pvmc.program.handlers import is_traced, parameters_of_the_model
+from numpyro_pvmc.program.arguments import is_traced
+from numpyro_pvmc.program.handlers import parameters_of_the_model
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
 from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO, progress

@@ -22,7 +22,7 @@ from numpyro_pvmc.posterior.diagnostics import Health, health, refuse_integers, 
 from numpyro_pvmc.posterior.particles import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.posterior.resampling import Guide
 from numpyro_pvmc.posterior.resampling import resample as resample_globals
-from numpyro_pvmc.program.handlers import Arguments, is_traced
+from numpyro_pvmc.program.arguments import Arguments, is_traced
 from numpyro_pvmc.program.tracebacks import warn_caller
 from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO
 from numpyro_pvmc.pvmc.propose import propose

@@ -13,8 +13,8 @@ from numpyro_pvmc.ops.full_precision import precise
 from numpyro_pvmc.ops.semiring import logsumexp
 from numpyro_pvmc.ops.smoothing import marginals
 from numpyro_pvmc.posterior.particles import SmoothedPosterior, smoothed_posterior
-from numpyro_pvmc.program.axes import tidy
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.structure import tidy
 from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO, refitted_state
 
 GRADIENTS = ("reparam", "sticking")

@@ -16,7 +16,7 @@ from linear_gaussian import guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, marginals
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.pvmc.propose import propose
 
 LONG_RUNS = True

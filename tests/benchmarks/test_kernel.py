@@ -14,7 +14,7 @@ from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.guides.draws import draw, sites_to_draw
 from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, marginals
-from numpyro_pvmc.program.handlers import Arguments
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.pvmc.propose import propose
 
 LONG_RUNS = True  # else XLA would leave out the optimisations that are measured here
