@@ -15,6 +15,7 @@ from numpyro.infer.autoguide import AutoNormal
 
 from conftest import few_particles
 from numpyro_pvmc import PVMC
+from numpyro_pvmc.infer.objective import Phase
 from numpyro_pvmc.infer.schedule import calls, growth
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.handlers import parameters_of_the_model
@@ -117,7 +118,7 @@ def test_a_watched_run_is_the_same_run(capsys, monkeypatch):
     """However its steps are cut into calls: the first third of them warm up."""
     pvmc, y = PVMC(CountedModel(), num_particles=2), simulate(0, 4)
     hidden = pvmc.run(jax.random.key(0), 40, y, progress_bar=False)
-    monkeypatch.setattr("numpyro_pvmc.pvmc.pvmc.calls", lambda num_steps, watched: [1, 5, num_steps - 6])
+    monkeypatch.setattr("numpyro_pvmc.infer.svi.calls", lambda num_steps, watched: [1, 5, num_steps - 6])
     watched = pvmc.run(jax.random.key(0), 40, y)
     assert_array_equal(watched.losses, hidden.losses)
     shown = capsys.readouterr().err
@@ -237,8 +238,8 @@ def test_model_parameters_rest_while_there_is_one_particle():
     pvmc = PVMC(model, AutoNormal(model), num_particles=16)
     assert growth(3, 16)[0] == (1, 1)
     state = pvmc.init(jax.random.key(0), simulate(0, 6))
-    parts = state, pvmc._constraints((), {}), arguments_of(simulate(0, 6)), jnp.asarray(5), None
-    with_one, _ = pvmc._compiled_updates(*parts, num_particles=1, frozen=("a",), rounds=None, stable=False)
+    parts = state, pvmc._constraints((), {}), arguments_of(simulate(0, 6)), jnp.asarray(5), jnp.asarray(0)
+    with_one, _ = pvmc._compiled_updates(*parts, phase=Phase(0, num_particles=1), frozen=("a",), stable=False)
     assert pvmc.get_params(with_one)["a"] == 0.5
     assert (pvmc.get_params(with_one)["x_auto_loc"] != pvmc.get_params(state)["x_auto_loc"]).all()
     assert parameters_of_the_model(pvmc.model, pvmc.guide, arguments_of(simulate(0, 6)), pvmc.get_params(state)) == ("a",)

@@ -11,7 +11,8 @@ from numpyro.infer.autoguide import AutoNormal
 
 from conftest import initial_params
 from models import BY_NAME
-from numpyro_pvmc import PVMC, parts
+from numpyro_pvmc import PVMC
+from numpyro_pvmc.ops import chunks
 from numpyro_pvmc.ops.chunks import at_all_steps
 
 WIDTH = 50
@@ -27,7 +28,7 @@ def network(weights, x):
 
 
 def at_most(monkeypatch, number):
-    monkeypatch.setattr(parts, "_BYTES_AT_ONCE", number)
+    monkeypatch.setattr(chunks, "_BYTES_AT_ONCE", number)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_parts_are_the_whole(monkeypatch, x64, length, steps):
     gradient = jax.jit(jax.grad(lambda *args: sum((value**2).sum() for value in network(*args).values()), (0, 1)))(weights, x)
     push = lambda function: jax.jit(lambda x: jax.jvp(function, (x,), (jnp.ones_like(x),))[1])(x)
     slope = push(lambda x: network(weights, x)["total"])
-    bytes_of_step = parts._bytes_on_the_way(jax.make_jaxpr(lambda one: network(weights, one))(x[0]))
+    bytes_of_step = chunks._bytes_on_the_way(jax.make_jaxpr(lambda one: network(weights, one))(x[0]))
     at_most(monkeypatch, steps * bytes_of_step)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, jax.eval_shape(evaluate, weights, x), expected))
     for found, known in zip(jax.tree.leaves(jax.jit(evaluate)(weights, x)), jax.tree.leaves(expected), strict=True):

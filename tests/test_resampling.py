@@ -10,7 +10,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
 from numpyro_pvmc import PVMC, AutoStateSpace
-from numpyro_pvmc.posterior.resampling import ROUNDS, Guide, resample
+from numpyro_pvmc.posterior.resampling import ROUNDS, Guide, resample_globals
 from numpyro_pvmc.program.arguments import Arguments
 
 NUMBER = 1000
@@ -36,7 +36,7 @@ NARROW = Guide(narrow, Arguments((), {}), {}, ())
 
 
 def test_a_tail_that_the_guide_lacks_is_reached():
-    z, keys, values, log_weights = jax.jit(lambda key: resample(key, NARROW, weigh, NUMBER))(jax.random.key(0))
+    z, keys, values, log_weights = jax.jit(lambda key: resample_globals(key, NARROW, weigh, NUMBER))(jax.random.key(0))
     grid = np.linspace(-40, 5, 200_001)
     density = np.exp(0.5 * grid - np.exp(grid))
     density /= density.sum()
@@ -56,7 +56,7 @@ def test_a_tail_that_the_guide_lacks_is_reached():
 
 def test_the_mean_weight_is_the_integral():
     """Each round is drawn from what it is said to be drawn from; that laws are fitted to draws before them costs little."""
-    one = lambda key: resample(key, NARROW, weigh, 400).log_weights
+    one = lambda key: resample_globals(key, NARROW, weigh, 400).log_weights
     log_weights = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 200))
     estimates = np.exp(np.asarray(log_weights)).mean(1)
     error = estimates.std() / np.sqrt(len(estimates))
@@ -71,7 +71,7 @@ def test_the_chosen_are_made_again_with_their_own_keys():
         noise = jax.random.normal(rng_key)
         return (noise, jax.random.normal(other_key)), weigh(rng_key, other_key, values)[1] + 3 * noise
 
-    (noise, other), keys, *_ = resample(jax.random.key(0), NARROW, noisy, NUMBER)
+    (noise, other), keys, *_ = resample_globals(jax.random.key(0), NARROW, noisy, NUMBER)
     np.testing.assert_allclose(noise, jax.vmap(jax.random.normal)(keys), rtol=1e-5)
     assert noise.mean() > 1.5  # heavy weights are those of much noise: they would not be if it were drawn again
     assert len(np.unique(noise)) < 0.7 * NUMBER

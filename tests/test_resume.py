@@ -16,7 +16,8 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoNormal
 
 from conftest import few_particles
-from numpyro_pvmc import PVMC, pickling
+from numpyro_pvmc import PVMC
+from numpyro_pvmc.infer import pickling
 
 pytestmark = few_particles
 

@@ -18,6 +18,7 @@ from scipy import stats
 from conftest import few_particles, in_both_precisions, initial_params
 from models import BY_NAME
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO, SupervisedELBO
+from numpyro_pvmc.infer.objective import TrainingStep
 from numpyro_pvmc.pvmc.supervised import kernel_log_density, squared_error
 from test_against_enumeration import enumerate_program, presence
 
@@ -330,10 +331,10 @@ def test_second_run_on_other_states_compiles_nothing(caplog):
 @SLOW
 def test_a_growing_run_stays_supervised(capsys):
     loss = SupervisedELBO(Counted(), 4, bound=0.5, filtering=True, gradient="sticking")
-    few = loss.with_num_particles(2, ("slope",))
+    few = loss.at(TrainingStep(num_particles=2, frozen=("slope",)))
     assert (few.num_particles, few.bound, few.filtering, few.gradient) == (2, 0.5, True, "sticking")
-    assert (few.truth, few.error, few.frozen) == (loss.truth, loss.error, ("slope",))
-    assert (loss.num_particles, loss.frozen) == (4, ())
+    assert (few.truth, few.error, few.step.frozen) == (loss.truth, loss.error, ("slope",))
+    assert (loss.num_particles, loss.step.frozen) == (4, ())
     pvmc = PVMC(autoregression, AutoNormal(autoregression), loss=loss)
     result = pvmc.run(jax.random.key(0), 60, *data(0))
     assert "loss: " in capsys.readouterr().err
@@ -344,7 +345,7 @@ def test_a_growing_run_stays_supervised(capsys):
 
 
 def test_frozen_parameters_get_no_gradient():
-    loss = SupervisedELBO(ragged_truth, 4).with_num_particles(4, ("slope",))
+    loss = SupervisedELBO(ragged_truth, 4).at(TrainingStep(frozen=("slope",)))
     _, slope = value_and_slope(loss)(ragged_params(), ragged_arguments())
     assert slope["slope"] == 0
     assert slope["noise"] != 0

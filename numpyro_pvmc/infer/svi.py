@@ -1,35 +1,38 @@
-"""Set programs, guides and training states up, once they have been looked at, for inference that is compiled."""
+"""Train guides and models of chains, and ask for posteriors: what all engines share."""
 
-import copy
-import functools
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
-from jax import random
-from numpyro.infer import ELBO, SVI
-from numpyro.infer.svi import SVIState
-from numpyro.infer.util import transform_fn
+import jax.numpy as jnp
+import tqdm
+from jax import lax
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIRunResult, SVIState
 
-from numpyro_pvmc.chain.chain import read_structure
-from numpyro_pvmc.chain.minibatch import check_indices
-from numpyro_pvmc.chain.validation import DataCheck
-from numpyro_pvmc.guides.checks import Form, check_guide, refuse_discrete
 from numpyro_pvmc.infer import requests
-from numpyro_pvmc.infer.endings import check_finite
-from numpyro_pvmc.infer.pickling import by_value
-from numpyro_pvmc.infer.resume import Expected, check_state, expected, precision
-from numpyro_pvmc.program.arguments import Arguments, Held, is_traced, signature
-from numpyro_pvmc.program.handlers import run
-from numpyro_pvmc.program.structure import Structure
+from numpyro_pvmc.infer.endings import warn_of_ending
+from numpyro_pvmc.infer.objective import Phase, TrainingStep, progress
+from numpyro_pvmc.infer.resume import check_state
+from numpyro_pvmc.infer.sampling import check_samples, sample
+from numpyro_pvmc.infer.schedule import MOST_AT_ONCE, calls, warming_power
+from numpyro_pvmc.infer.setup import CheckedSVI
+from numpyro_pvmc.posterior.diagnostics import check_posterior, health
+from numpyro_pvmc.posterior.particles import SmoothedPosterior
+from numpyro_pvmc.program.arguments import Arguments, is_traced
+from numpyro_pvmc.program.handlers import parameters_of_the_model
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
-from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO
+
+_ALONE = TrainingStep()
 
 
-class CheckedSVI(SVI):
-    """Stochastic variational inference that looks at what it is given before it compiles anything.
+class ChainSVI(CheckedSVI):
+    """Stochastic variational inference for models with a Markov chain, under the objective of any engine.
+
+    The frame of :class:`numpyro_pvmc.PVMC`. What differs between engines it asks of the objective, a
+    :class:`numpyro_pvmc.infer.objective.ChainELBO`; under an objective of NumPyro it is a compiled
+    :class:`numpyro.infer.SVI`, without posteriors.
 
     :param model: a NumPyro program with a chain.
     :param guide: a NumPyro program that fits it.
@@ -38,155 +41,254 @@ class CheckedSVI(SVI):
     :param static_kwargs: keyword arguments of model and guide that stay the same.
     """
 
-    def __init__(self, model: Callable, guide: Callable, optim: Any, loss: ELBO, **static_kwargs: Any):
-        super().__init__(model, guide, optim, loss, **static_kwargs)
-        self._form = Form()
-        self._expected: dict[str, list[Expected]] = {}
-        self._forget()
-
     def _forget(self):
-        """Begin with nothing compiled, and no data known."""
-        self._known: dict[Any, tuple[Structure, Callable]] = {}
-        self._look_at_data = DataCheck(self.model, self.guide)
-        self._compiled_init = jax.jit(self._init)
+        super()._forget()
+        self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
+        self._compiled_evaluate = jax.jit(self._evaluate)
+        self._compiled_updates = jax.jit(self._updates, static_argnames=("phase", "frozen", "stable"))
+        self._compiled_posterior = jax.jit(self._posterior)
+        self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape", "resample"))
 
     @with_short_tracebacks
-    def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:
-        """The initial state, once the program, the guide and the data have been checked.
-
-        :param rng_key: random key.
-        :param args: arguments of the model and the guide.
-        :param init_params: initial values of parameters, by name.
-        :param kwargs: keyword arguments of the model and the guide.
-        :return: the state that :meth:`update` takes.
-        :raises ValueError: if the program has no Markov chain that can be read, the guide does not fit it, or the data contain
-            NaN; the message names the site and says what to do.
-        """
-        state = self._checked_init(rng_key, args, kwargs, init_params)
-        of_precision = self._expected.setdefault(precision(), [])
-        if (looks := expected(state, self.optim)) not in of_precision:
-            of_precision.append(looks)
-        return state
-
-    @of_the_library
-    def _checked_init(self, rng_key, args, kwargs, init_params):
-        if not isinstance(self.loss, ImportanceSmoothedELBO):
-            return super().init(rng_key, *args, init_params=init_params, **kwargs)
-        requests.check_key(rng_key)
-        arguments, params = self._arguments(args, kwargs), init_params or {}
-        known_for = signature((rng_key, arguments, params))
-        structure, constrain_fn = self._known.get(known_for, (None, None))
-        with where_nan_means_missing():
-            if structure is None:
-                # Before NumPyro looks: what cannot be read has a name here.
-                structure = read_structure(self.model, arguments, params)
-                refuse_discrete(structure, self.model, self.guide)
-            if not is_traced((arguments, params)):
-                self._look_at_data(arguments, params, structure)
-        if constrain_fn is None:
-            state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
-            constrain_fn = self.constrain_fn
-            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(constrain_fn.args)):
-                return state  # constraints that may be of these very data
-            self._known[known_for] = structure, constrain_fn
-        self.constrain_fn = constrain_fn
-        return self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
-
-    def get_params(self, svi_state: SVIState) -> dict[str, Any]:
-        """Values of parameters, and mutable state.
+    def update(
+        self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
+    ) -> tuple[SVIState, jax.Array]:
+        """Take one step of the optimiser. Compiled: arrays among the arguments are traced, anything else is static.
 
         :param svi_state: the state.
-        :return: ``{name: value}``, as :meth:`posterior` and :class:`numpyro.infer.Predictive` take them.
-        :raises ValueError: if the constraints of the parameters are not known, since no data have been given yet.
+        :param args: arguments of the model and the guide; keyword arguments alike.
+        :param forward_mode_differentiation: not available, and refused.
+        :return: the new state, and the loss at the old one.
         """
-        if self.constrain_fn is None:
-            raise ValueError(
-                "The constraints of the parameters are not known before the model has met data. Call "
-                "`init(rng_key, *args)` with the data first, or keep `result.params` of `run` beside `result.state`."
-            )
-        check_state(svi_state, self.optim)
-        return super().get_params(svi_state) | (svi_state.mutable_state or {})
+        requests.refuse_forward_mode(forward_mode_differentiation)
+        return self._compiled_update(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs), stable=False)
 
-    def _arguments(self, args, kwargs):
-        arguments = Arguments(args, kwargs | self.static_kwargs)
-        return self._look_at_data.held(arguments) if isinstance(self.loss, ImportanceSmoothedELBO) else arguments
+    @with_short_tracebacks
+    def stable_update(
+        self, svi_state: SVIState, *args: Any, forward_mode_differentiation: bool = False, **kwargs: Any
+    ) -> tuple[SVIState, jax.Array]:
+        """Like :meth:`update`, but keep the old state if the loss or the new state is not finite."""
+        requests.refuse_forward_mode(forward_mode_differentiation)
+        return self._compiled_update(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs), stable=True)
 
-    def _passed(self, args, kwargs):
-        """Arguments as compiled functions take them: by value, where these bound a count."""
-        return Held(Arguments(args, kwargs), getattr(self._arguments(args, kwargs), "held", ()))
+    @with_short_tracebacks
+    def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
+        """The loss that :meth:`update` would report at a state, with the same arguments."""
+        return self._compiled_evaluate(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs))
 
-    def _constraints(self, args, kwargs):
-        """The constraints of the parameters as an argument of compiled functions: their bounds may be of the data."""
-        if self.constrain_fn is None:  # a state of another process
-            self.init(random.key(0), *args, **kwargs)
-        return Arguments(self.constrain_fn.args)
+    @with_short_tracebacks
+    def run(
+        self,
+        rng_key: jax.Array,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        forward_mode_differentiation: bool = False,
+        init_state: SVIState | None = None,
+        init_params: dict[str, Any] | None = None,
+        grow: bool = True,
+        **kwargs: Any,
+    ) -> SVIRunResult:
+        """Train for a number of steps.
 
-    def _at(self, state, constraints):
-        """This inference at a state, which fits it, and under constraints, which may be traced."""
-        check_state(state, self.optim, self._expected)
-        own = copy.copy(self)
-        own.constrain_fn = functools.partial(transform_fn, *constraints.args)
-        return own
+        From a cold start the weights of many particles all go to one of them before the guide is near the posterior, and the
+        objective stalls. So training of a guide with parameters starts with one particle, or with four where a site learns by
+        the reweighted gradient, and grows to K in a few phases, each compiled once; see
+        :func:`numpyro_pvmc.infer.schedule.growth`. In the first phase the parameters of the model rest, since the plain bound
+        of a guide that is independent over time would draw them towards a chain without memory.
+        A refitted guide has K particles throughout; for a few steps it is refitted alone, to tempered transitions. A run that
+        goes on from `init_state` does neither.
+
+        :param rng_key: random key.
+        :param num_steps: number of updates.
+        :param args: arguments of the model and the guide.
+        :param progress_bar: whether to show progress, with the bound.
+        :param stable_update: whether to skip updates that are not finite.
+        :param forward_mode_differentiation: not available.
+        :param init_state: a state to go on from.
+        :param init_params: initial values of parameters, by name.
+        :param grow: whether to begin with few particles, or by refitting alone. Without, each step equals one of
+            :class:`numpyro.infer.SVI`.
+        :return: parameters, last state, and the losses; while the number of particles grows a loss is that of the number in
+            use, and while transitions are tempered that of the tempered chain. A warning says so if they, or the parameters,
+            are not finite, or if they end above where they began.
+        :raises ValueError: for `num_steps` below 1, or as :meth:`init`.
+        """
+        requests.check_steps(num_steps)
+        requests.refuse_forward_mode(forward_mode_differentiation)
+        state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
+        check_state(state, self.optim)
+        constraints, arguments, own = self._constraints(args, kwargs), self._passed(args, kwargs), self._arguments(args, kwargs)
+        phases, frozen = [Phase(num_steps)], ()
+        if grow and init_state is None:
+            phases = self.objective.schedule(num_steps, self._form)
+        if any(phase.model_rests for phase in phases):
+            frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
+        losses, first = [], state.optim_state[0]
+        hidden = not progress_bar or is_traced((state, arguments))
+        with tqdm.tqdm(total=num_steps, disable=hidden) as bar:
+            for phase in phases:
+                begun = 0
+                for count in calls(phase.num_steps, watched=not hidden):
+                    state, chunk = self._compiled_updates(
+                        state,
+                        constraints,
+                        arguments,
+                        jnp.asarray(count),
+                        jnp.asarray(begun),
+                        phase=phase._replace(num_steps=0),  # of which nothing is compiled
+                        frozen=frozen if phase.model_rests else (),
+                        stable=stable_update,
+                    )
+                    losses.append(chunk[:count])
+                    if not (begun or len(losses) > 1 or stable_update or is_traced(chunk)):
+                        self._look_at_data.explain_nan(losses[0], own)
+                    begun += count
+                    if not hidden:
+                        bar.set_postfix_str(progress(self.objective, phase.num_particles, losses[-1]), refresh=False)
+                        bar.update(count)
+        params, losses = self.get_params(state), jnp.concatenate(losses)
+        if not is_traced((params, losses)):
+            skipped = num_steps - int(state.optim_state[0] - first) if stable_update else None
+            settled = num_steps - phases[-1].num_steps + (phases[-1].warm_up or 0)
+            warn_of_ending(losses, settled, params, skipped)
+        return SVIRunResult(params, state, losses)
+
+    def posterior(self, rng_key: jax.Array, params: dict[str, Any], *args: Any, **kwargs: Any) -> SmoothedPosterior:
+        """The posterior given one draw of the global sites.
+
+        :param rng_key: random key.
+        :param params: trained parameters.
+        :param args: arguments of the model and the guide.
+        :param kwargs: keyword arguments of the model and the guide.
+        :raises TypeError: if the objective has none.
+        :raises ValueError: if the data contain NaN, or the posterior does: the message names the site, the time and the series.
+        :warns UserWarning: if it rests on few particles at some times, or no trajectory is possible; not while compiling.
+        """
+        return self._weighed(rng_key, params, self._arguments(args, kwargs))
+
+    def sample_posterior(
+        self,
+        rng_key: jax.Array,
+        params: dict[str, Any],
+        *args: Any,
+        sample_shape: tuple[int, ...] = (),
+        resample: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, jax.Array]:
+        """Draw joint trajectories from the posterior, and global sites afresh for each.
+
+        The other arguments, errors and warnings are those of :meth:`posterior`.
+
+        :param sample_shape: how many to draw.
+        :param resample: whether to draw global sites from their posterior rather than from their guide.
+        :return: ``{site: (*sample_shape, ...)}``.
+        """
+        return self._drawn(rng_key, params, self._arguments(args, kwargs), {}, sample_shape, resample)
+
+    @with_short_tracebacks
+    def _weighed(self, rng_key, params, arguments, **choices):
+        self._look_first(rng_key, arguments, params)
+        given = Arguments((), choices)
+        with where_nan_means_missing():
+            posterior, found = self._compiled_posterior(rng_key, params, arguments, given)
+        posterior = self._whole(posterior, arguments, given)
+        if not is_traced(posterior):
+            check_posterior(posterior, found, self.objective.advice(**choices))
+        return posterior
+
+    @with_short_tracebacks
+    def _drawn(self, rng_key, params, arguments, choices, sample_shape, resample=False):
+        requests.check_sample_shape(sample_shape)
+        self._look_first(rng_key, arguments, params)
+        given = Arguments((), choices)
+        shape = {"sample_shape": tuple(sample_shape), "resample": resample}
+        drawn = self._compiled_sample(rng_key, params, arguments, given, **shape)
+
+        def again(key, values):
+            posterior, _ = self._compiled_posterior(key, params | values, arguments, given)
+            return self._whole(posterior, arguments, given)
+
+        if not is_traced(drawn):
+            check_samples(drawn, again, self.objective.advice(**choices))
+        return drawn.samples
 
     @of_the_library
-    def _look_first(self, rng_key, arguments, params):
-        """Look at what is given, unless something is being compiled."""
-        requests.check_key(rng_key)
-        requests.check_params(params)
-        if is_traced((rng_key, arguments, params)):
-            return
-        check_finite(params)
+    def _update(self, state, constraints, arguments, stable, step=_ALONE):
+        update = SVI.stable_update if stable else SVI.update
+        own = self._at(state, constraints, step._replace(number=state.optim_state[0]))
+        return update(own, state, *arguments.args, **arguments.kwargs)
+
+    @of_the_library
+    def _evaluate(self, state, constraints, arguments):
+        own = self._at(state, constraints, TrainingStep(state.optim_state[0]))
+        return SVI.evaluate(own, state, *arguments.args, **arguments.kwargs)
+
+    def _at(self, state, constraints, step):
+        own = super()._at(state, constraints)
+        own.loss = self.objective.at(step)
+        return own
+
+    def _updates(self, state, constraints, arguments, count, begun, phase, frozen, stable):
+        def body(i, state_and_losses):
+            state, losses = state_and_losses
+            step = TrainingStep(num_particles=phase.num_particles, frozen=frozen)
+            if phase.warm_up is not None:
+                left = phase.warm_up - begun - i
+                step = step._replace(power=warming_power(left, phase.warm_up), resting=left > 0)
+            state, loss = self._update(state, constraints, arguments, stable, step)
+            return state, losses.at[i].set(loss.astype(losses.dtype))
+
+        return lax.fori_loop(0, count, body, (state, jnp.zeros(MOST_AT_ONCE, jnp.result_type(float))))
+
+    @of_the_library
+    def _posterior(self, rng_key, params, arguments, choices):
+        posterior = self.objective.posterior(rng_key, self.model, self.guide, arguments, params, **choices.kwargs)
+        # JAX never forgets the structure of a compiled function's result, and what is static in it.
+        return dataclasses.replace(posterior, model=None, arguments=None), health(posterior)
+
+    def _whole(self, posterior, arguments, choices):
+        """A posterior with what is static in it."""
         with where_nan_means_missing():
-            structure, is_new = self._look_at_data(arguments, params)
-        check_indices(structure, params)
-        if is_new and not self._known and not self._sets_up_by_shapes(structure):
-            run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
+            arguments = jax.tree.map(jnp.asarray, arguments)
+        given = {"model": self.model, "arguments": arguments, "choices": choices, "source": Source(self)}
+        return dataclasses.replace(posterior, **given)
 
-    def _sets_up_by_shapes(self, structure):
-        return getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites
+    @of_the_library
+    def _sample(self, rng_key, params, arguments, choices, sample_shape, resample):
+        parts = self.objective, self.model, self.guide, arguments, params, choices.kwargs, sample_shape, resample
+        return sample(rng_key, *parts)
 
-    def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
-        """Let NumPyro look at program, guide and data."""
-        if self._sets_up_by_shapes(structure):
-            self._form = check_guide(structure, self.guide, arguments, init_params or {})
-            state = self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
-            self.constrain_fn = self._constrain_fn_of_init
-            if not is_traced(self.constrain_fn.args):
-                return state
-        # As they are: an automatic guide of NumPyro sets itself up by real numbers.
-        try:
-            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
-        except Exception:
-            # NumPyro runs the model at draws of the guide: see whether they, or the data, are why that failed.
-            check_guide(structure, self.guide, arguments, init_params or {})
-            self._look_at_data.explain_nan(np.nan, arguments)
-            raise
-        self._form = check_guide(structure, self.guide, arguments, super().get_params(state) | (state.mutable_state or {}))
-        return state
 
-    def _init(self, rng_key, arguments, init_params):
-        own = copy.copy(self)
-        state = SVI.init(own, rng_key, *arguments.args, init_params=init_params, **arguments.kwargs)
-        self._constrain_fn_of_init = own.constrain_fn  # which may be of traced values
-        return state
+class Source:
+    """What a posterior was made by: it makes others, given other draws of the global sites.
 
-    def __copy__(self):
-        own = object.__new__(type(self))
-        own.__dict__.update(self.__dict__)
-        return own
+    Two are equal if they have the same model, guide and objective, which need not be hashable.
 
-    def __deepcopy__(self, memo):
-        own = memo[id(self)] = object.__new__(type(self))
-        own.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return own
+    :param inference: an inference.
+    """
 
-    def __getstate__(self):
-        """What is not compiled."""
-        return {name: value for name, value in vars(self).items() if not name.startswith(("_compiled_", "_known", "_look"))}
+    def __init__(self, inference: ChainSVI):
+        self.inference = inference
 
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._forget()
+    def __eq__(self, other):
+        return isinstance(other, Source) and self._identity() == other._identity()
 
-    def __reduce_ex__(self, protocol):
-        return by_value(self)
+    def __hash__(self):
+        return hash(self._identity())
+
+    def _identity(self):
+        return id(self.inference.model), id(self.inference.guide), id(self.inference.loss)
+
+    def sample(self, rng_key: jax.Array, posterior: SmoothedPosterior, sample_shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Draw trajectories, and global sites afresh for each; see :meth:`ChainSVI.sample_posterior`.
+
+        :param rng_key: random key.
+        :param posterior: a posterior that was made by this.
+        :param sample_shape: how many to draw.
+        :return: ``{site: (*sample_shape, ...)}``.
+        :raises ValueError: if a density is not a number, or a series is impossible whose sites are integers.
+        """
+        given = posterior.params, posterior.arguments, posterior.choices.kwargs
+        return self.inference._drawn(rng_key, *given, sample_shape)

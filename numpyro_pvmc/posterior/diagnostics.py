@@ -73,36 +73,34 @@ def _enough(number):
     return max(0.05 * number, 1.5) if number > 2 else 0.0
 
 
-def check_posterior(posterior: Weighted, found: Health, refine: int = 0, temper: float | jax.Array = 1.0) -> None:
+def check_posterior(posterior: Weighted, found: Health, advice: str = "") -> None:
     """Refuse a posterior that is not a number, and say so if it is of impossible data or rests on few particles.
 
     :param posterior: a posterior. Nothing is looked at while it is traced.
     :param found: its health.
-    :param refine: for how many rounds its proposal was refitted.
-    :param temper: the power of transition densities in the first of them.
+    :param advice: what to do where it rests on few particles.
     :raises ValueError: as :func:`numpyro_pvmc.chain.explanation.explain`.
     """
     if is_traced((posterior, found)):
         return
     if found.unknown:
         explain(posterior)
-    warn(jax.tree.map(lambda x: np.asarray(x)[None], found), refine, temper)
+    warn(jax.tree.map(lambda x: np.asarray(x)[None], found), advice)
     program = posterior.structure, posterior.model, posterior.arguments, posterior.params
     warn_of_cut(*program, posterior.state_probabilities)
 
 
-def warn(found: Health, refine: int, temper: float | jax.Array) -> None:
+def warn(found: Health, advice: str) -> None:
     """Say so if posteriors are of impossible data, or rest on hardly any particles at some times; once for all of them.
 
     :param found: their health, with a leading axis, not traced.
-    :param refine: for how many rounds proposals were refitted.
-    :param temper: the power of transition densities in the first of them.
+    :param advice: what to do about the latter.
     """
     if (found.lost_at >= 0).any():
         warn_caller(_impossible(found))
     worst = max(found.share, key=lambda name: found.share[name].max(initial=0), default=None)
     if worst is not None and found.share[worst].any():
-        warn_caller(f"{_collapse(found, worst)} {_advice(refine, temper)}")
+        warn_caller(f"{_collapse(found, worst)} {advice}")
 
 
 def _collapse(found, site):
@@ -115,17 +113,6 @@ def _collapse(found, site):
         f"The effective sample size of site '{site}' is below {_enough(found.number):.1f} of {found.number} in {part} of its "
         f"steps and series{of_draws}, {place} (least {least:.1f}): do not trust these."
     )
-
-
-def _advice(refine, temper):
-    if not refine:
-        return (
-            "Train the guide for longer, refit it (`refine=15`, with `temper=0.05` where transitions have little noise), or "
-            "take more particles."
-        )
-    rounds = "more rounds" if temper < 1 else "more rounds, tempered (`temper=0.05`)"
-    mode = "`AutoSmoothedNormal(model, covariance='full', init='laplace')`"
-    return f"Take {rounds}, more particles, or a guide that starts at the mode ({mode})."
 
 
 def _impossible(found):

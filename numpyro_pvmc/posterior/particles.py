@@ -47,7 +47,7 @@ class Source(Protocol):
         "log_filtering",
         "arguments",
         "params",
-        "temper",
+        "choices",
     ),
     meta_fields=("structure", "model", "source"),
 )
@@ -88,7 +88,7 @@ class SmoothedPosterior:
     log_filtering: jax.Array
     arguments: Arguments
     params: dict[str, Any]
-    temper: float | jax.Array
+    choices: Arguments
     structure: Structure
     model: Callable
     source: Source | None
@@ -233,12 +233,11 @@ def given(values: dict[str, jax.Array], what: str = "one draw") -> str:
     return f"\n  given {what} of the global sites {names}" if values else ""
 
 
-def smoothed_posterior(potentials: ChainPotentials, weighed: Marginals, temper: float | jax.Array = 1.0) -> SmoothedPosterior:
+def smoothed_posterior(potentials: ChainPotentials, weighed: Marginals) -> SmoothedPosterior:
     """The smoothed posterior of particles.
 
     :param potentials: particles and potentials.
     :param weighed: the marginals of its potentials.
-    :param temper: the power of transition densities in the first round of refitting.
     :return: the posterior.
     """
     chain, structure = potentials.chain, potentials.chain.structure
@@ -268,7 +267,7 @@ def smoothed_posterior(potentials: ChainPotentials, weighed: Marginals, temper: 
         log_filtering=weighed.log_filtering_weights,
         arguments=chain.arguments,
         params={name: x for name, x in chain.values.items() if name not in potentials.globals},
-        temper=temper,
+        choices=Arguments(),
         structure=structure,
         model=chain.model,
         source=None,

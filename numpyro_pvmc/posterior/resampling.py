@@ -133,7 +133,7 @@ class _Rounds(NamedTuple):
         return jnp.where(numbers[:, None] < begun, self.log_target - log_q + jnp.log(begun), -jnp.inf).reshape(-1)
 
 
-def resample(
+def resample_globals(
     rng_key: jax.Array,
     guide: Guide,
     evaluate: Callable[[jax.Array, jax.Array, dict[str, jax.Array]], tuple[Any, jax.Array]],

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpyro
 
-_OWN = str(Path(__file__).parent)
+_OWN = str(Path(__file__).parents[1])  # the whole library
 _HIDDEN = (_OWN, *(str(Path(module.__file__).parent) for module in (jax, numpyro)), *(contextlib.__file__, functools.__file__))
 
 

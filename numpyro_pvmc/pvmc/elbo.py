@@ -1,26 +1,28 @@
-"""A model and a guide in, a loss out."""
+"""The evidence lower bound of importance smoothing."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from numpyro.infer import ELBO
 
 from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.chain.enumeration import of_particles
 from numpyro_pvmc.chain.minibatch import draw_indices
 from numpyro_pvmc.chain.potentials import tempered
+from numpyro_pvmc.guides.checks import Form
 from numpyro_pvmc.guides.quasirandom import check_particles
+from numpyro_pvmc.infer.objective import ChainELBO, Phase, TrainingStep
+from numpyro_pvmc.infer.schedule import growth, warm_up
 from numpyro_pvmc.ops.smoothing import check_method, log_normalizer, log_normalizer_and_weights
+from numpyro_pvmc.posterior.particles import SmoothedPosterior
 from numpyro_pvmc.program.arguments import Arguments, Held
 from numpyro_pvmc.pvmc.propose import GRADIENTS, Proposed, propose
+from numpyro_pvmc.pvmc.smoother import smooth
 
 
-class ImportanceSmoothedELBO(ELBO):
+class ImportanceSmoothedELBO(ChainELBO):
     """The evidence lower bound of importance smoothing: K particles at each time, K^T trajectories.
 
     The guide proposes K particles independently at every time step. The average of p / q over all K^T trajectories through
@@ -71,9 +73,6 @@ class ImportanceSmoothedELBO(ELBO):
         True
     """
 
-    can_infer_discrete = True  # those that the guide samples
-    reported = "bound", -1.0  # what is shown of it while it is trained, and its sign
-
     def __init__(
         self,
         num_particles: int = 32,
@@ -83,8 +82,7 @@ class ImportanceSmoothedELBO(ELBO):
         particles: str = "rqmc",
         gradient_scale: Mapping[str, float | Callable] | None = None,
     ):
-        # To `ELBO` the number of particles is that of independent bounds to average.
-        super().__init__(num_particles=1)
+        super().__init__()
         if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"`num_particles` must be an integer of at least 1, but got {num_particles!r}.")
         if gradient not in GRADIENTS:
@@ -100,39 +98,44 @@ class ImportanceSmoothedELBO(ELBO):
         self.gradient = gradient
         self.method = method
         self.particles = particles
-        self.frozen = ()
-        self.warming = None
         self.gradient_scale = dict(gradient_scale or {})
-        self.update_number = None
 
-    def with_num_particles(self, num_particles: int, frozen: tuple[str, ...] = ()) -> "ImportanceSmoothedELBO":
-        """The same objective with another number of particles.
+    def schedule(self, num_steps: int, kind: Form) -> list[Phase]:
+        """How a run that starts cold goes: a refitted guide warms up, and for others K grows."""
+        if kind.refitted_by:
+            return [Phase(num_steps, warm_up=warm_up(num_steps))]
+        reweighted = self.gradient == "reweighted" or bool(kind.not_reparameterised)
+        first, *others = growth(num_steps, self.num_particles, reweighted)
+        phases = [Phase(count, number) for number, count in (first, *others)]
+        return [phases[0]._replace(model_rests=bool(others)), *phases[1:]]
 
-        :param num_particles: K, the number of particles at each time step.
-        :param frozen: parameters that get no gradient from it.
-        """
-        loss = copy.copy(self)
-        loss.num_particles, loss.frozen = num_particles, frozen
-        return loss
+    def at(self, step: TrainingStep) -> "ImportanceSmoothedELBO":
+        own = super().at(step)
+        own.num_particles = self.num_particles if step.num_particles is None else step.num_particles
+        return own
 
-    def while_warming(self, power: jax.Array, resting: jax.Array) -> "ImportanceSmoothedELBO":
-        """The objective at the beginning of a run whose guide is refitted.
+    def posterior(
+        self,
+        rng_key: jax.Array,
+        model: Callable,
+        guide: Callable,
+        arguments: Arguments,
+        params: dict[str, Any],
+        refine: int = 0,
+        temper: float | jax.Array = 1.0,
+    ) -> SmoothedPosterior:
+        """The smoothed posterior, see :func:`numpyro_pvmc.pvmc.smoother.smooth`."""
+        return smooth(rng_key, model, guide, arguments, params, self, refine, temper)
 
-        :param power: transition densities are raised to it.
-        :param resting: whether parameters get no gradient.
-        """
-        loss = copy.copy(self)
-        loss.warming = power, resting
-        return loss
-
-    def at_update(self, number: jax.Array) -> "ImportanceSmoothedELBO":
-        """The objective of one update.
-
-        :param number: how many updates came before.
-        """
-        loss = copy.copy(self)
-        loss.update_number = number
-        return loss
+    def advice(self, refine: int = 0, temper: float | jax.Array = 1.0) -> str:
+        if not refine:
+            return (
+                "Train the guide for longer, refit it (`refine=15`, with `temper=0.05` where transitions have little noise), "
+                "or take more particles."
+            )
+        rounds = "more rounds" if temper < 1 else "more rounds, tempered (`temper=0.05`)"
+        mode = "`AutoSmoothedNormal(model, covariance='full', init='laplace')`"
+        return f"Take {rounds}, more particles, or a guide that starts at the mode ({mode})."
 
     def loss_with_mutable_state(
         self,
@@ -165,10 +168,10 @@ class ImportanceSmoothedELBO(ELBO):
 
     def _propose(self, rng_key, params, model, guide, arguments):
         """Particles on the chain."""
-        params = params | {name: lax.stop_gradient(params[name]) for name in self.frozen}
-        if self.warming is not None:
-            power, resting = self.warming
-            params = jax.tree.map(lambda x: jnp.where(resting, lax.stop_gradient(x), x), params)
+        step = self.step
+        params = params | {name: lax.stop_gradient(params[name]) for name in step.frozen}
+        if step.power is not None:
+            params = jax.tree.map(lambda x: jnp.where(step.resting, lax.stop_gradient(x), x), params)
         structure = read_structure(model, arguments, params)
         arguments = Held(arguments, structure.by_value)
         params = params | draw_indices(structure, model, arguments, params, rng_key)
@@ -184,9 +187,9 @@ class ImportanceSmoothedELBO(ELBO):
             self.particles,
             self._gradient_scale(structure),
         )
-        if self.warming is not None:
+        if step.power is not None:
             potentials = proposed.potentials
-            proposed = proposed._replace(potentials=potentials._replace(edges=tempered(potentials.edges, power)))
+            proposed = proposed._replace(potentials=potentials._replace(edges=tempered(potentials.edges, step.power)))
         return proposed
 
     def _gradient_scale(self, structure):
@@ -194,29 +197,15 @@ class ImportanceSmoothedELBO(ELBO):
             raise ValueError(
                 f"`gradient_scale` names {unknown}, which are no sites of the model: it has {sorted(structure.factors)}."
             )
-        if self.update_number is None and any(map(callable, self.gradient_scale.values())):
+        if self.step.number is None and any(map(callable, self.gradient_scale.values())):
             raise ValueError(
                 "A schedule in `gradient_scale` needs the number of the update, which `PVMC` tells the loss and a stock `SVI` "
                 "does not. Use `PVMC(..., loss=...)`, or a number."
             )
         return {
-            name: jnp.asarray(scale(self.update_number) if callable(scale) else scale)
+            name: jnp.asarray(scale(self.step.number) if callable(scale) else scale)
             for name, scale in self.gradient_scale.items()
         }
-
-
-def progress(loss: ELBO, num_particles: int | None, losses: jax.Array) -> str:
-    """What is shown of a training run: the mean of what the loss reports, and the number of particles.
-
-    :param loss: an objective.
-    :param num_particles: K, if it is not the objective's own.
-    :param losses: the last values of the objective.
-    """
-    name, sign = getattr(loss, "reported", ImportanceSmoothedELBO.reported)
-    number = getattr(loss, "num_particles", None) if num_particles is None else num_particles
-    losses = np.asarray(losses)
-    known = losses[~np.isnan(losses)]
-    return f"{name}: {sign * known.mean() if len(known) else np.nan:.4f}, K = {number}"
 
 
 def refitted_state(proposed: Proposed, log_weights: jax.Array | None, particles: str) -> dict[str, Any]:

@@ -1,33 +1,31 @@
-"""A program, a guide, parameters and data in; the smoothed posterior out."""
+"""Smooth: draw particles from a guide, refitted first if that is asked for, and weigh them.
 
-import math
+Every evaluation of a chain weighs its particles, and the Gaussian nearest to the smoothing marginal at time t has the
+moments of the weighted particles at t. So a proposal can be refitted, round by round, without gradients.
+"""
+
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_pvmc.chain.chain import read_chain, read_structure
-from numpyro_pvmc.chain.explanation import explain
+from numpyro_pvmc.chain.chain import Chain, read_chain, read_structure
+from numpyro_pvmc.chain.enumeration import of_particles
 from numpyro_pvmc.chain.minibatch import draw_indices
-from numpyro_pvmc.chain.unconstrained import coordinates_of_model
+from numpyro_pvmc.chain.potentials import tempered
+from numpyro_pvmc.chain.unconstrained import Coordinates, coordinates_of_model
 from numpyro_pvmc.guides.checks import check_guide
 from numpyro_pvmc.guides.draws import draw, sites_to_draw
-from numpyro_pvmc.guides.gaussian import read_proposal, take_series
-from numpyro_pvmc.guides.refitting import propose_gaussian
+from numpyro_pvmc.guides.gaussian import Proposal, read_proposal, take_series
+from numpyro_pvmc.guides.refitting import propose_gaussian, refitted
+from numpyro_pvmc.infer.objective import ChainELBO
 from numpyro_pvmc.ops.gaussian import diagonal
 from numpyro_pvmc.ops.smoothing import marginals
-from numpyro_pvmc.posterior.diagnostics import Health, health, refuse_integers, warn
 from numpyro_pvmc.posterior.particles import SmoothedPosterior, smoothed_posterior
-from numpyro_pvmc.posterior.resampling import Guide
-from numpyro_pvmc.posterior.resampling import resample as resample_globals
-from numpyro_pvmc.program.arguments import Arguments, is_traced
-from numpyro_pvmc.program.tracebacks import warn_caller
-from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.pvmc.propose import propose
-from numpyro_pvmc.pvmc.refinement import Proposal
-from numpyro_pvmc.pvmc.refinement import refine as refine_proposal
 
 
 def smooth(
@@ -36,7 +34,7 @@ def smooth(
     guide: Callable,
     arguments: Arguments,
     params: dict[str, Any],
-    loss: ImportanceSmoothedELBO,
+    loss: ChainELBO,
     refine: int = 0,
     temper: float | jax.Array = 1.0,
 ) -> SmoothedPosterior:
@@ -65,7 +63,7 @@ def smooth(
         choices = {"num_particles": loss.num_particles, "particles": loss.particles}
         potentials = propose(rng_key, structure, model, guide, arguments, params, **choices).potentials
     weighed = marginals(potentials.node, potentials.edges, potentials.mask, loss.method)
-    return smoothed_posterior(potentials, weighed, temper)
+    return smoothed_posterior(potentials, weighed)
 
 
 def _refined(rng_key, structure, model, guide, arguments, params, form, loss, refine, temper):
@@ -89,102 +87,40 @@ def _refined(rng_key, structure, model, guide, arguments, params, form, loss, re
     return propose_gaussian(key_last, chain, coordinates, proposal, loss.num_particles, loss.particles, log_q_globals)
 
 
-class Sampled(NamedTuple):
-    """Draws, and what tells whether they can be believed; with an axis for the posteriors that they were drawn from.
-
-    A posterior can be made again with its `key`, the `indices` of minibatches, and its `values` of what the guide draws its
-    global sites from. `log_weights` are those of the global sites that were resampled, the guide's own draws first.
-    """
-
-    samples: dict[str, jax.Array]
-    health: Health
-    key: jax.Array
-    indices: dict[str, jax.Array]
-    values: dict[str, jax.Array]
-    log_weights: jax.Array | None = None
-
-
-def sample(
+def refine_proposal(
     rng_key: jax.Array,
-    model: Callable,
-    guide: Callable,
-    arguments: Arguments,
-    params: dict[str, Any],
-    loss: ImportanceSmoothedELBO,
-    refine: int = 0,
+    chain: Chain,
+    coordinates: Coordinates,
+    proposal: Proposal,
+    num_particles: int,
+    rounds: int,
     temper: float | jax.Array = 1.0,
-    sample_shape: tuple[int, ...] = (),
-    resample: bool = False,
-) -> Sampled:
-    """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
+    particles: str = "rqmc",
+    method: str = "auto",
+) -> Proposal:
+    """Refit a proposal for a number of rounds.
 
-    The arguments are those of :func:`smooth`.
-
-    :param sample_shape: how many to draw.
-    :param resample: whether to draw the global sites from their posterior, see :mod:`numpyro_pvmc.posterior.resampling`.
-    :return: ``{site: (*sample_shape, ...)}``, and what tells whether they can be believed.
+    :param rng_key: random key.
+    :param chain: the chain of the model.
+    :param coordinates: coordinates of its sites.
+    :param proposal: Gaussians in these coordinates to start from.
+    :param num_particles: K, the number of particles at each time step.
+    :param rounds: how many.
+    :param temper: the power to which transition densities are raised in the first round; it rises to 1, and stays there for
+        the last quarter of the rounds. Less than 1 helps where transitions are tight against the width of the proposal.
+    :param particles: how particles are drawn; see :func:`numpyro_pvmc.guides.draws.draw`.
+    :param method: how trajectories are summed.
+    :return: the refitted Gaussians.
     """
-    structure = read_structure(model, arguments, params)
-    indices = draw_indices(structure, model, arguments, params, rng_key)  # one for all draws
-    params = params | indices
+    rising = max(rounds - 1 - rounds // 4, 1)
 
-    def one(posterior_key, sample_key, values, sample_shape=()):
-        posterior = smooth(posterior_key, model, guide, arguments, params | values, loss, refine, temper)
-        log_weight = structure.scale * posterior.log_normalizer.sum() + posterior.log_weight_globals
-        return (posterior.sample(sample_key, sample_shape), health(posterior)), log_weight
+    def one(proposal, key_and_round):
+        key, number = key_and_round
+        potentials = propose_gaussian(key, chain, coordinates, proposal, num_particles, particles)
+        power = jnp.asarray(temper, potentials.node.dtype) ** jnp.maximum(1 - number / rising, 0)
+        edges = tempered(potentials.edges, power)
+        log_weights = of_particles(chain.structure, marginals(potentials.node, edges, potentials.mask, method).log_weights)
+        return refitted(coordinates, proposal, potentials.particles, log_weights, potentials.mask, particles=particles), None
 
-    number = math.prod(sample_shape)
-    if not structure.global_sites:
-        key, sample_key = random.split(rng_key)
-        (samples, found), _ = one(key, sample_key, {}, sample_shape)
-        return Sampled(samples, *jax.tree.map(lambda x: x[None], (found, key)), indices, {})
-    values, log_weights = {}, None
-    if resample:
-        of_guide = Guide(guide, arguments, params, {*structure.sites, *structure.free, *structure.subsampled})
-        (samples, found), keys, values, log_weights = resample_globals(rng_key, of_guide, one, number)
-    else:
-        keys, sample_keys = jax.vmap(random.split, out_axes=1)(random.split(rng_key, number))
-        (samples, found), _ = lax.map(lambda keys: one(*keys, {}), (keys, sample_keys))
-    samples = {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
-    return Sampled(samples, found, keys, indices, values, log_weights)
-
-
-def check_samples(
-    drawn: Sampled,
-    again: Callable[[jax.Array, dict[str, jax.Array]], SmoothedPosterior],
-    refine: int,
-    temper: float | jax.Array,
-) -> None:
-    """Refuse draws that are no numbers, and say so if they should not be believed.
-
-    :param drawn: draws. Nothing is looked at while they are traced.
-    :param again: makes a posterior again, given its key and values.
-    :param refine: for how many rounds proposals were refitted.
-    :param temper: the power of transition densities in the first of them.
-    :raises ValueError: naming what is not a number; or sites of integers that cannot be drawn.
-    """
-    if is_traced(drawn):
-        return
-    found = jax.tree.map(np.asarray, drawn.health)
-    if found.unknown.any():
-        worst = found.unknown.argmax()
-        explain(again(drawn.key[worst], drawn.indices | {name: x[worst] for name, x in drawn.values.items()}))
-    refuse_integers(found)
-    warn(found, refine, temper)
-    if drawn.log_weights is None:
-        return
-    number, log_weights = len(drawn.key), np.asarray(drawn.log_weights, float)
-    if unknown := np.isnan(log_weights).sum():
-        warn_caller(
-            f"{unknown} of {len(log_weights)} draws of the global sites, from their guide and around, have no weight: there "
-            "the model's densities are not numbers. They were left out; if the posterior reaches so far, the draws do not."
-        )
-    possible = log_weights[log_weights > -np.inf]
-    weights = np.exp(possible - possible.max(initial=-np.inf))
-    effective = weights.sum() ** 2 / (weights**2).sum() if len(weights) else 0.0
-    if effective < 0.1 * number:
-        warn_caller(
-            f"Of {number} draws of the global sites {effective:.1f} are effective after resampling: their guide is "
-            "far from their posterior, or the estimates of the evidence vary much between draws. Train longer, take a guide "
-            "with correlations (`AutoMultivariateNormal`), more particles or more `refine`, or leave `resample=False`.",
-        )
+    proposal, _ = lax.scan(one, proposal, (random.split(rng_key, rounds), jnp.arange(rounds)))
+    return proposal
