@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
+from jax.scipy.special import ndtri
 from numpyro.handlers import condition
 
 from numpyro_pvmc.chain.chain import read_chain, read_structure
@@ -21,8 +22,9 @@ from numpyro_pvmc.chain.validation import check_data, check_distributions
 from numpyro_pvmc.ops.full_precision import precise
 from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.ops.smoothing import marginals
+from numpyro_pvmc.posterior.base import ChainPosterior, check_probabilities, derived, given
 from numpyro_pvmc.posterior.diagnostics import check_posterior, health
-from numpyro_pvmc.posterior.particles import SmoothedPosterior, derived, given, smoothed_posterior, summary
+from numpyro_pvmc.posterior.particles import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.program.arguments import Arguments, is_traced
 from numpyro_pvmc.program.compiled import for_each_model
 from numpyro_pvmc.program.structure import Structure, refuse_unlisted
@@ -47,7 +49,7 @@ from numpyro_pvmc.program.tracebacks import with_short_tracebacks
     meta_fields=("kind", "structure", "model"),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
-class ExactPosterior:
+class ExactPosterior(ChainPosterior):
     """The exact posterior of a chain given its data, parameters and global sites.
 
     T is the number of steps of the scan; `plates` are those around the chain, and nothing else is a batch axis. Sites before
@@ -81,10 +83,7 @@ class ExactPosterior:
     model: Callable
 
     def __repr__(self):
-        is_one = not is_traced(self) and self.log_normalizer.ndim == len(self.structure.plates)  # not several, under `jax.vmap`
-        evidence = f"\n  log evidence {np.asarray(self.log_normalizer).sum():.6g}" if is_one else ""
-        evidence += " in all" if evidence and self.log_normalizer.ndim else ""
-        return f"{summary('ExactPosterior', self.structure)}, {self.kind}{evidence}{given(self.globals, 'the values')}"
+        return f"{self._shown(f', {self.kind}')}{given(self.globals, 'the values')}"
 
     def mean(self) -> dict[str, jax.Array]:
         """Posterior means, given the values of the global sites in `globals`.
@@ -99,6 +98,16 @@ class ExactPosterior:
         :return: ``{site: (T, *plates, *event)}``.
         """
         return _variances(self.means, self.covariances)
+
+    def quantile(self, q: float | jax.Array) -> dict[str, jax.Array]:
+        """Posterior quantiles, given the values of the global sites in `globals`.
+
+        :param q: one probability or several.
+        :return: ``{site: (T, *plates, *event)}``, with the shape of `q` in front.
+        :raises ValueError: if `q` is not between 0 and 1.
+        """
+        levels, variances = ndtri(check_probabilities(q)), self.variance()
+        return {name: x + jnp.multiply.outer(levels, jnp.sqrt(variances[name])) for name, x in self.means.items()}
 
     def filtering_mean(self) -> dict[str, jax.Array]:
         """Means given the data up to each time.

@@ -1,0 +1,1 @@
+"""What an engine asks of a guide, and guides that are ready-made."""

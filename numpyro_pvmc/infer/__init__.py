@@ -1,0 +1,1 @@
+"""The frame of all engines: training, checks, schedules, draws."""

@@ -50,17 +50,22 @@ class ChainELBO(ELBO):
 
     An engine has a subclass with ``loss_with_mutable_state``, and with :meth:`posterior` if it has one. With
     :class:`numpyro_pvmc.infer.svi.ChainSVI` that is enough for training, posteriors, draws and ArviZ.
+
+    :param num_particles: K, the number of particles at each time step.
+    :raises ValueError: if it is no positive integer.
     """
 
     can_infer_discrete = True  # those that the guide samples
     reported = "bound", -1.0  # what is shown of it while it is trained, and its sign
     reads_chains = True
-    num_particles: int | None = None
     step = TrainingStep()
 
-    def __init__(self):
+    def __init__(self, num_particles: int):
         # To `ELBO` the number of particles is that of independent bounds to average.
         super().__init__(num_particles=1)
+        if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"`num_particles` must be an integer of at least 1, but got {num_particles!r}.")
+        self.num_particles = num_particles
 
     def check(self, structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> Form:
         """Refuse a guide that does not fit.

@@ -1,4 +1,4 @@
-"""Weighted particles in; draws, summaries, diagnostics, ArviZ data out."""
+"""The posterior as weighted particles."""
 
 import dataclasses
 import functools
@@ -17,11 +17,10 @@ from numpyro_pvmc.chain.densities import Particles, target
 from numpyro_pvmc.chain.enumeration import number_of_states, of_particles, probabilities, values_of_numbers
 from numpyro_pvmc.chain.potentials import ChainPotentials
 from numpyro_pvmc.ops.smoothing import Marginals, sample_backward
-from numpyro_pvmc.posterior import arviz as export
+from numpyro_pvmc.posterior.base import ChainPosterior, check_probabilities, derived, given
 from numpyro_pvmc.posterior.diagnostics import check_drawable
 from numpyro_pvmc.program.arguments import Arguments, is_traced
 from numpyro_pvmc.program.compiled import for_each_model
-from numpyro_pvmc.program.handlers import run
 from numpyro_pvmc.program.structure import Structure, align, tidy, untidy
 
 
@@ -52,7 +51,7 @@ class Source(Protocol):
     meta_fields=("structure", "model", "source"),
 )
 @dataclasses.dataclass(frozen=True, repr=False)
-class SmoothedPosterior:
+class SmoothedPosterior(ChainPosterior):
     """The posterior of a chain given its data, as weighted particles at each time.
 
     T is the number of steps of the scan, K that of particles; `plates` are those around the chain, and nothing else is a
@@ -94,15 +93,13 @@ class SmoothedPosterior:
     source: Source | None
 
     def __repr__(self):
-        numbers = ""
-        if not is_traced(self) and self.log_normalizer.ndim == len(self.structure.plates):  # not several, under `jax.vmap`
-            sizes = {name: np.asarray(size) for name, size in self.effective_sample_size().items()}
-            least = min(sizes, key=lambda name: np.nanmin(sizes[name], initial=np.inf), default=None)
-            numbers = f"\n  log evidence {np.asarray(self.log_normalizer).sum():.6g}"
-            numbers += " in all" if self.log_normalizer.ndim else ""
-            numbers += f", least effective sample size {np.nanmin(sizes[least]):.3g} (site '{least}')" if sizes else ""
         particles = f", K = {self.num_particles} particles" if self.structure.sites else ", states summed"
-        return f"{summary('SmoothedPosterior', self.structure)}{particles}{numbers}{given(self.globals)}"
+        least = ""
+        if not is_traced(self):
+            sizes = {name: np.asarray(size) for name, size in self.effective_sample_size().items()}
+            name = min(sizes, key=lambda name: np.nanmin(sizes[name], initial=np.inf), default=None)
+            least = f", least effective sample size {np.nanmin(sizes[name]):.3g} (site '{name}')" if sizes else ""
+        return f"{self._shown(particles, least)}{given(self.globals)}"
 
     @property
     def num_particles(self) -> int:
@@ -130,9 +127,7 @@ class SmoothedPosterior:
         :return: ``{site: (T, *plates, *event)}``, with the shape of `q` in front.
         :raises ValueError: if `q` is not between 0 and 1.
         """
-        if not isinstance(q, jax.core.Tracer) and np.any((np.asarray(q) < 0) | (np.asarray(q) > 1)):
-            raise ValueError(f"`q` must be between 0 and 1, but got {q}.")
-        q = jnp.asarray(q)
+        q = check_probabilities(q)
 
         def quantiles(x, w):
             x, w = jnp.moveaxis(x, 0, -1), jnp.moveaxis(jnp.broadcast_to(w, x.shape), 0, -1)
@@ -173,34 +168,13 @@ class SmoothedPosterior:
         check_drawable(self)
         return _sample(self.model, dataclasses.replace(self, model=None, source=None), rng_key, tuple(sample_shape))
 
-    def to_arviz(self, rng_key: jax.Array | None = None, num_samples: int = 1000, time: Any = None) -> Any:
-        """Convert to ArviZ data: joint trajectories as draws, with coordinates for time and plates.
-
-        The draws are those of :meth:`numpyro_pvmc.PVMC.sample_posterior`: global sites, if there are any, are drawn afresh for
-        each, and each has particles of its own, which takes as long as so many posteriors. The group ``smoothing`` has what
-        belongs to no draw: effective sample sizes, smoothed means and standard deviations, and the log normalizer; all given
-        the one draw of the global sites in `globals`.
-
-        :param rng_key: random key of the draws; the key of seed 0 by default.
-        :param num_samples: number of draws.
-        :param time: coordinate of the T steps, such as dates; 0 to T - 1 by default.
-        :return: an `arviz.InferenceData`, or from ArviZ 1 an `xarray.DataTree`.
-        :raises ValueError: if `time` has not T elements, or as :meth:`sample`.
-        """
-        rng_key = random.key(0) if rng_key is None else rng_key
-        time = np.arange(self.structure.length) if time is None else np.asarray(time)
-        if time.shape != (self.structure.length,):
-            raise ValueError(f"`time` must have shape {(self.structure.length,)}, but it has shape {time.shape}.")
+    def _draws(self, rng_key, number):
         afresh = self.globals and self.source is not None
-        samples = self.source.sample(rng_key, self, (num_samples,)) if afresh else self.sample(rng_key, (num_samples,))
-        observed = _observed(self, jax.tree.map(lambda x: x[0], samples))
-        size = self.effective_sample_size()
-        summary = {"log_normalizer": self.log_normalizer}
-        summary |= {f"{name}_mean": x for name, x in self.mean().items()}
-        summary |= {f"{name}_sd": jnp.sqrt(x) for name, x in self.variance().items()}
-        summary |= {f"{name}_effective_sample_size": x for name, x in size.items()}
-        summary |= {f"{name}_probability": x for name, x in self.state_probabilities.items()}
-        return export.to_arviz(self.structure, time, samples, observed, summary)
+        return self.source.sample(rng_key, self, (number,)) if afresh else self.sample(rng_key, (number,))
+
+    def _summaries(self):
+        sizes = {f"{name}_effective_sample_size": x for name, x in self.effective_sample_size().items()}
+        return sizes | {f"{name}_probability": x for name, x in self.state_probabilities.items()}
 
     def _map(self, function):
         """`function` of particles and weights, with the particles' axis first, at each time."""
@@ -210,27 +184,6 @@ class SmoothedPosterior:
             weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim))
             result[name] = (jax.vmap(function) if name in self.structure.step else function)(x, weights)
         return result
-
-
-def summary(kind: str, structure: Structure) -> str:
-    """The first line of what is shown of a posterior.
-
-    :param kind: what it is.
-    :param structure: the structure of its chain.
-    """
-    sites = ", ".join(f"'{site.name}'" for site in (*structure.initial_latents, *structure.step_latents))
-    plates = "".join(f", {plate.size} series of plate '{plate.name}'" for plate in structure.plates)
-    return f"{kind} of {sites}: T = {structure.length} steps{plates}"
-
-
-def given(values: dict[str, jax.Array], what: str = "one draw") -> str:
-    """What is shown of the global sites of a posterior.
-
-    :param values: their values.
-    :param what: what these are.
-    """
-    names = ", ".join(f"'{name}'" for name in sorted(values))
-    return f"\n  given {what} of the global sites {names}" if values else ""
 
 
 def smoothed_posterior(potentials: ChainPotentials, weighed: Marginals) -> SmoothedPosterior:
@@ -317,29 +270,3 @@ def _sample(model, posterior, rng_key, sample_shape):
 
     samples = jax.vmap(trajectory)(numbers, parts, random.split(key_free, len(numbers)))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}
-
-
-def derived(
-    structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], rng_key: jax.Array
-) -> dict[str, jax.Array]:
-    """Deterministic sites, and those that nothing else reads, which are drawn from their own laws.
-
-    :param structure: the structure of the chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters and of all other latent sites.
-    :param rng_key: random key.
-    :return: their values, by name.
-    """
-    found = run(model, arguments, values, rng_key)
-    free = structure.free
-    return {name: site["value"] for name, site in found.items() if site["type"] == "deterministic" or name in free}
-
-
-def _observed(posterior, sites):
-    found = run(posterior.model, posterior.arguments, posterior.params | sites, random.key(0))
-    return {
-        name: site["value"]
-        for name, site in found.items()
-        if site["type"] == "sample" and site["is_observed"] and jnp.size(site["value"])
-    }

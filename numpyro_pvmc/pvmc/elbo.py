@@ -82,9 +82,7 @@ class ImportanceSmoothedELBO(ChainELBO):
         particles: str = "rqmc",
         gradient_scale: Mapping[str, float | Callable] | None = None,
     ):
-        super().__init__()
-        if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"`num_particles` must be an integer of at least 1, but got {num_particles!r}.")
+        super().__init__(num_particles)
         if gradient not in GRADIENTS:
             raise ValueError(f"`gradient` must be one of {GRADIENTS}, but got {gradient!r}.")
         if gradient == "reweighted" and num_particles == 1:
@@ -94,7 +92,6 @@ class ImportanceSmoothedELBO(ChainELBO):
             )
         check_particles(particles, num_particles)
         check_method(method)
-        self.num_particles = num_particles
         self.gradient = gradient
         self.method = method
         self.particles = particles
