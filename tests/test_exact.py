@@ -10,6 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import scipy.stats
 from numpy.testing import assert_allclose, assert_array_equal
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
@@ -503,6 +504,45 @@ def test_samples_are_joint_draws_that_predictive_takes(x64):
     ahead = Predictive(model, first, params={"level": 2.0})(jax.random.key(1), length=6)
     assert ahead["y"].shape == (200, 6)
     assert posterior.sample(jax.random.key(0))["x"].shape == (4,)
+
+
+def test_quantiles_are_those_of_normals(x64):
+    y = np.random.default_rng(2).normal(size=(5, 3))
+    posterior = exact_posterior(panel, {}, y)
+    levels = np.array([[0.1, 0.5], [0.9, 0.99]])
+    found = posterior.quantile(levels)
+    for name, mean in posterior.mean().items():
+        sd = np.sqrt(posterior.variance()[name])
+        expected = scipy.stats.norm.ppf(levels).reshape(2, 2, *(1,) * mean.ndim) * sd + mean
+        assert_allclose(found[name], expected, rtol=1e-9)
+        assert_allclose(posterior.quantile(0.5)[name], mean)
+    with pytest.raises(ValueError, match="`q` must be between 0 and 1"):
+        posterior.quantile([0.5, 1.2])
+
+
+def test_arviz(x64):
+    y = np.random.default_rng(2).normal(size=(5, 3))
+    posterior = exact_posterior(panel, {}, y)
+    data = posterior.to_arviz(num_samples=400)
+    assert data["posterior"]["x"].dims == ("chain", "draw", "time", "series")
+    assert data["observed_data"]["y"].dims == ("time", "series")
+    assert_allclose(data["smoothing"]["x_mean"], posterior.mean()["x"])
+    assert_allclose(data["smoothing"]["log_normalizer"], posterior.log_normalizer)
+    error = np.sqrt(posterior.variance()["x"] / 400)
+    assert (np.abs(data["posterior"]["x"].mean(("chain", "draw")) - posterior.mean()["x"]) < 5 * error).all()
+
+
+def panel(y):
+    with numpyro.plate("series", 3):
+        x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+
+    def step(x_prev, y_t):
+        with numpyro.plate("series", 3):
+            x = numpyro.sample("x", dist.Normal(0.9 * x_prev, 0.4))
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        return x, None
+
+    scan(step, x_0, y)
 
 
 @pytest.mark.slow
