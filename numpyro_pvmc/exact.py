@@ -13,11 +13,12 @@ from jax import random
 from jax.scipy.special import ndtri
 from numpyro.handlers import condition
 
-from numpyro_pvmc.chain.chain import read_chain, read_structure
+from numpyro_pvmc.chain.chain import read_chain
 from numpyro_pvmc.chain.explanation import refuse_nan
 from numpyro_pvmc.chain.faults import at_point, first_place, series
 from numpyro_pvmc.chain.linear_gaussian import by_site, check_linear_gaussian, covariances_by_site, matrices, native
 from numpyro_pvmc.chain.potentials import enumerated
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import check_data, check_distributions
 from numpyro_pvmc.ops.full_precision import precise
 from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory

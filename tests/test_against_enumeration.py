@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from conftest import DOUBLE, SINGLE
 from models import BY_NAME
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.ops.smoothing import pairwise_marginals
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.pvmc.propose import propose

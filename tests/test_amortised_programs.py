@@ -20,8 +20,9 @@ from autoregressions import SMALL, A, Q, R, initialised, model, simulate, traine
 from conftest import few_particles
 from models import BY_NAME
 from numpyro_pvmc import PVMC, AutoAmortisedNormal, ImportanceSmoothedELBO
-from numpyro_pvmc.chain.chain import read_chain, read_structure
+from numpyro_pvmc.chain.chain import read_chain
 from numpyro_pvmc.chain.observations import observations
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.guides.gaussian import read_proposal
 from numpyro_pvmc.networks import Convolutions, Recurrent
 from numpyro_pvmc.program.arguments import Arguments

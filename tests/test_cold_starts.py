@@ -17,7 +17,8 @@ from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from conftest import initial_params
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, AutoStateSpace
-from numpyro_pvmc.chain.chain import read_chain, read_structure
+from numpyro_pvmc.chain.chain import read_chain
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.program.arguments import Arguments
 
 T = 40

@@ -10,7 +10,7 @@ from jax import lax
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
-from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.program.arguments import Arguments
 
 T = 4

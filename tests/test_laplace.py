@@ -15,7 +15,8 @@ from scipy.optimize import minimize
 from linear_gaussian import law, simulate
 from linear_gaussian import model as linear_gaussian
 from models import BY_NAME
-from numpyro_pvmc.chain.chain import read_chain, read_structure
+from numpyro_pvmc.chain.chain import read_chain
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.unconstrained import coordinates_of_model
 from numpyro_pvmc.guides.gaussian import Proposal
 from numpyro_pvmc.guides.laplace import _log_joint, _points, laplace

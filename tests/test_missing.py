@@ -15,9 +15,10 @@ from scipy import stats
 
 from conftest import few_particles, initial_params
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain.chain import presence, read_chain, read_structure
+from numpyro_pvmc.chain.chain import presence, read_chain
 from numpyro_pvmc.chain.densities import Particles
 from numpyro_pvmc.chain.potentials import weigh
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.guides.checks import check_guide, proposal_log_densities
 from numpyro_pvmc.ops.smoothing import marginals
 from numpyro_pvmc.program.arguments import Arguments

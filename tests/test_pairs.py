@@ -11,9 +11,10 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 from numpyro_pvmc.chain import densities
-from numpyro_pvmc.chain.chain import read_chain, read_structure
+from numpyro_pvmc.chain.chain import read_chain
 from numpyro_pvmc.chain.densities import Particles, target
 from numpyro_pvmc.chain.pairwise import pair_form, univariate
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.program.arguments import Arguments
 
 K, N = 4, 3

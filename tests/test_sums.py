@@ -6,7 +6,7 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.contrib.control_flow import scan
 
-from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.program.arguments import Arguments
 
 

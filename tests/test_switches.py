@@ -10,7 +10,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.guides.checks import check_guide
 from numpyro_pvmc.program.arguments import Arguments
 

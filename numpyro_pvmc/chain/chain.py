@@ -15,16 +15,12 @@ import jax.numpy as jnp
 from jax import lax, random
 
 from numpyro_pvmc.jaxprs.dependence import influence
-from numpyro_pvmc.program.analysis import analyse
-from numpyro_pvmc.program.arguments import Arguments, signature
-from numpyro_pvmc.program.counts import list_values
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import mask_of
 from numpyro_pvmc.program.find_chain import capture, first
 from numpyro_pvmc.program.handlers import Scan, Site, Sites, log_prob, run, run_body
-from numpyro_pvmc.program.independence import check_independence
 from numpyro_pvmc.program.limits import Limits, Within, without_mass
 from numpyro_pvmc.program.structure import Structure, per_series, time_rows
-from numpyro_pvmc.program.totals import read_through_sum
 
 
 class Chain(NamedTuple):
@@ -62,47 +58,6 @@ class Step(NamedTuple):
     node: jax.Array
     state: list[jax.Array]
     output: Any
-
-
-def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]) -> Structure:
-    """Find the Markov chain of a program, and check that it is one.
-
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters; those not given take their initial values.
-    :return: the structure of its chain.
-    :raises ValueError: if it has none; see :func:`numpyro_pvmc.program.analysis.analyse` and
-        :func:`numpyro_pvmc.program.independence.check_independence`.
-    """
-    structure = list_values(analyse(model, arguments, values), model, arguments, values)
-    structure = structure._replace(sum_of=read_through_sum(structure, model, arguments, values))
-    check_independence(structure, model, arguments, values)
-    return structure
-
-
-class Structures:
-    """The structures of one program's chain, kept by the shapes of its arguments, for guides that sample no discrete sites.
-
-    :param model: a NumPyro program.
-    """
-
-    def __init__(self, model: Callable):
-        self.model = model
-        self._known: dict[Any, Structure] = {}
-
-    def __call__(self, arguments: Arguments) -> Structure:
-        """The structure of the chain, in which all discrete sites that can be are summed over their values.
-
-        :param arguments: what the program is called with.
-        """
-        known_for = signature(arguments)
-        if known_for in self._known:
-            return self._known[known_for]
-        structure = read_structure(self.model, arguments, {})
-        structure = structure.summing(structure.finite)
-        if not structure.by_value:
-            self._known[known_for] = structure
-        return structure
 
 
 def read_chain(

@@ -11,8 +11,9 @@ from jax import random
 from numpyro.distributions import constraints
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_pvmc.chain.chain import at_all_steps, begin, presence, read_chain, read_structure, step, unmasked
+from numpyro_pvmc.chain.chain import at_all_steps, begin, presence, read_chain, step, unmasked
 from numpyro_pvmc.chain.faults import Flaws, any_of, first_place, flaws, reason, series
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.program.arguments import Arguments, Held, is_traced, signature
 from numpyro_pvmc.program.compiled import for_each_model
 from numpyro_pvmc.program.counts import reads_numbers

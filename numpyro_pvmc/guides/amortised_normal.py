@@ -15,9 +15,10 @@ from numpyro.handlers import block, seed, substitute
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger, mutable
 
-from numpyro_pvmc.chain.chain import Structures, read_chain
+from numpyro_pvmc.chain.chain import read_chain
 from numpyro_pvmc.chain.minibatch import minibatch_plates
 from numpyro_pvmc.chain.observations import observations
+from numpyro_pvmc.chain.reading import summed_structure
 from numpyro_pvmc.chain.unconstrained import Coordinates, coordinates_of_model, from_coordinates
 from numpyro_pvmc.guides.gaussian import Proposal, sample_proposal
 from numpyro_pvmc.guides.prior import at_medians, prior_coordinates
@@ -97,7 +98,6 @@ class AutoAmortisedNormal(AutoGuide):
                 f"outputs and a random key that returns one, but got a {type(network).__name__}."
             )
         self.network, self.features = network, features
-        self._structures = Structures(model)
         super().__init__(model, prefix=prefix)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
@@ -199,7 +199,7 @@ class AutoAmortisedNormal(AutoGuide):
         return coordinates, Proposal(initial, moments(output[1:], of_steps, sizes[1]))
 
     def _structure(self, arguments: Arguments) -> Structure:
-        structure = self._structures(arguments)
+        structure = summed_structure(self.model, arguments)
         if structure.global_sites:
             raise ValueError(
                 f"`AutoAmortisedNormal` proposes the sites of the chain, and the model has others: {structure.global_sites}. "

@@ -19,9 +19,10 @@ import numpyro.distributions as dist
 from jax import lax, random
 from numpyro.infer.autoguide import AutoGuide, AutoGuideList
 
-from numpyro_pvmc.chain.chain import Chain, Presence, read_chain, read_structure
+from numpyro_pvmc.chain.chain import Chain, Presence, read_chain
 from numpyro_pvmc.chain.densities import Particles, target
 from numpyro_pvmc.chain.enumeration import number_of_states
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.ops.semiring import logsumexp
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import base_law, is_bounded

@@ -67,7 +67,8 @@ def laplace(chain: Chain, coordinates: Coordinates, start: Proposal, iterations:
 
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from numpyro.contrib.control_flow import scan
-        >>> from numpyro_pvmc.chain.chain import read_chain, read_structure
+        >>> from numpyro_pvmc.chain.chain import read_chain
+        >>> from numpyro_pvmc.chain.reading import read_structure
         >>> from numpyro_pvmc.chain.unconstrained import coordinates_of_model
         >>> from numpyro_pvmc.guides.gaussian import Proposal
         >>> from numpyro_pvmc.guides.laplace import laplace

@@ -10,9 +10,10 @@ from jax.scipy.special import ndtri
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import mutable
 
-from numpyro_pvmc.chain.chain import Chain, Structures, read_chain
+from numpyro_pvmc.chain.chain import Chain, read_chain
 from numpyro_pvmc.chain.minibatch import coordinates_of_all, minibatch_plates, subsampled
 from numpyro_pvmc.chain.potentials import ChainPotentials
+from numpyro_pvmc.chain.reading import summed_structure
 from numpyro_pvmc.chain.unconstrained import Coordinates, coordinates_of_model, from_coordinates
 from numpyro_pvmc.guides.gaussian import Proposal, for_all_series, put_series, sample_proposal, take_series
 from numpyro_pvmc.guides.laplace import laplace
@@ -100,7 +101,6 @@ class AutoSmoothedNormal(AutoGuide):
         super().__init__(model, prefix=prefix, init_loc_fn=init_loc_fn)
         self.init, self.covariance, self.init_scale, self.rate = init, covariance, init_scale, rate
         self._names = {of: tuple(f"{prefix}_{of}_{part}" for part in Moments._fields) for of in Coordinates._fields}
-        self._structures = Structures(model)
         self._coordinates: dict[tuple[int, ...], Coordinates] = {}
 
     def proposal(self, state: dict[str, Any]) -> Proposal:
@@ -124,7 +124,7 @@ class AutoSmoothedNormal(AutoGuide):
             prior given these. Global sites without one are at the medians of their priors.
         :return: values of the sites.
         """
-        structure = self._structures(arguments)
+        structure = summed_structure(self.model, arguments)
         if not structure.sites:
             return {}
         if self._coordinates and all(set(structure.sites) != _names(known) for known in self._coordinates.values()):

@@ -13,8 +13,8 @@ from jax import random
 from numpyro.handlers import block, seed, substitute, trace
 from numpyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 
-from numpyro_pvmc.chain.chain import Structures
 from numpyro_pvmc.chain.minibatch import minibatch_plates, subsampled
+from numpyro_pvmc.chain.reading import summed_structure
 from numpyro_pvmc.guides.prior import to_prior_median
 from numpyro_pvmc.guides.smoothed_normal import AutoSmoothedNormal
 from numpyro_pvmc.program.arguments import Arguments
@@ -79,7 +79,6 @@ class AutoStateSpace(AutoGuide):
         super().__init__(model, prefix=prefix)
         self.states = states(model, prefix=prefix)
         self.parameters = None if parameters is None else self._guide_of_parameters(parameters)
-        self._structures = Structures(model)
         self._names: tuple[str, ...] = ()
 
     @property
@@ -88,7 +87,7 @@ class AutoStateSpace(AutoGuide):
         return getattr(self.states, "sets_up_by_shapes", False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-        structure = self._structures(Arguments(args, kwargs))
+        structure = summed_structure(self.model, Arguments(args, kwargs))
         values, sites = {}, {}
         with minibatch_plates(structure) as indices:
             pass  # the plates are only to draw the indices: each guide enters plates of its own
@@ -169,7 +168,7 @@ class AutoStateSpace(AutoGuide):
         return values | function(self.states)
 
     def _plates(self, *args, **kwargs):
-        structure = self._structures(Arguments(args, kwargs))
+        structure = summed_structure(self.model, Arguments(args, kwargs))
         return [numpyro.plate(p.name, p.total, subsample_size=p.size, dim=p.dim) for p in structure.plates]
 
     def _is_no_parameter(self, site):

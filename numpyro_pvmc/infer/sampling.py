@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax import lax, random
 
-from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.chain.explanation import explain
 from numpyro_pvmc.chain.minibatch import draw_indices
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.infer.objective import ChainELBO
 from numpyro_pvmc.posterior.diagnostics import Health, health, refuse_integers, warn
 from numpyro_pvmc.posterior.particles import SmoothedPosterior

@@ -12,8 +12,8 @@ from numpyro.infer import ELBO, SVI
 from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
 
-from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.chain.minibatch import check_indices
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import DataCheck
 from numpyro_pvmc.guides.checks import Form, refuse_discrete
 from numpyro_pvmc.infer import requests

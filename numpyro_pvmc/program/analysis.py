@@ -15,7 +15,7 @@ import numpy as np
 from jax import random
 
 from numpyro_pvmc.jaxprs.dependence import influence
-from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.arguments import Arguments, signature
 from numpyro_pvmc.program.distributions import base_law, is_bounded, mask_of
 from numpyro_pvmc.program.find_chain import capture, check_continuous, choose_chain, first, survey, unknown, with_carry_dtypes
 from numpyro_pvmc.program.handlers import is_latent, log_prob, run, run_body
@@ -108,6 +108,8 @@ def _analyse(model, arguments, values):
         later_factors=later,
         global_factors=tuple(name for name in observed if name not in (*initial_factors, *later)),
         free_sites=tuple(drawn_freely),
+        parameters=tuple((name, signature(site["value"])) for name, site in outside.items() if site["type"] == "param"),
+        outside=tuple(name for name, site in outside.items() if site["type"] != "param"),
         subsampled=tuple(n for n, s in outside.items() if s["type"] == "plate" and s["args"][1] not in (None, s["args"][0])),
     )
     return structure, unread, messages

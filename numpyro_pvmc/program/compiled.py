@@ -1,4 +1,4 @@
-"""Compile functions of a model once for each model, and forget what was compiled when the model is gone."""
+"""Keep what is compiled for a model, or known of it, as long as the model lives."""
 
 import functools
 import weakref
@@ -21,29 +21,50 @@ def for_each_model(static_argnum: int) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function):
-        compiled = {}
+        compiled = ForEachModel()
 
         @functools.wraps(function)
         def of_model(model, *args):
             # A bound method is a new object whenever it is looked up; what lives is the object that it is bound to.
             owner, method = (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
-            key = id(owner), id(method)
-            if key not in compiled:
-                reference = _reference(owner, lambda _: compiled.pop(key, None))
+
+            def compile_it():
+                reference = _reference(owner)
 
                 def of_rest(*args: Any):
                     model = reference()
                     return function(model if method is None else MethodType(method, model), *args)
 
-                compiled[key] = jax.jit(of_rest, static_argnums=static_argnum - 1)
-            return compiled[key](*args)
+                return jax.jit(of_rest, static_argnums=static_argnum - 1)
+
+            return compiled.get(model, compile_it)(*args)
 
         return of_model
 
     return decorate
 
 
-def _reference(owner, when_gone):
+class ForEachModel:
+    """Things that are known of models, each as long as its model lives."""
+
+    def __init__(self):
+        self._known: dict[Any, Any] = {}
+
+    def get(self, model: Callable, make: Callable[[], Any]) -> Any:
+        """What is known of a model.
+
+        :param model: a function, a callable object, or a method of one.
+        :param make: makes it when it is first asked for; must not hold the model.
+        """
+        owner, method = (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
+        key = id(owner), id(method)
+        if key not in self._known:
+            # The reference is kept, or else it would not be told when the model goes.
+            self._known[key] = make(), _reference(owner, lambda _: self._known.pop(key, None))
+        return self._known[key][0]
+
+
+def _reference(owner, when_gone=None):
     try:
         return weakref.ref(owner, when_gone)
     except TypeError:

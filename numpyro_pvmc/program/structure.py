@@ -3,7 +3,7 @@ series and by time out.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +67,8 @@ class Structure(NamedTuple):
     are drawn from their own laws. `subsampled` are the plates that draw a minibatch. `carry_dtypes` are the types of the leaves
     of the carry. `by_value` are the arguments of the program whose numbers bound a count, by their places: with other numbers
     the structure is another. `sum_of` are two counts of a step of which all that is read is their sum; the density of the first
-    may read the state.
+    may read the state. `parameters` are those of the program, with what they look like, and `outside` the names of all other
+    sites outside of the scan.
     """
 
     scan_index: int
@@ -91,6 +92,8 @@ class Structure(NamedTuple):
     step_states: tuple[Latent, ...] = ()
     by_value: tuple[str, ...] = ()
     sum_of: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, Hashable], ...] = ()
+    outside: tuple[str, ...] = ()
 
     @property
     def initial(self) -> dict[str, Latent]:

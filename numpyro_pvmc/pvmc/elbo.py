@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from numpyro_pvmc.chain.chain import read_structure
 from numpyro_pvmc.chain.enumeration import of_particles
 from numpyro_pvmc.chain.minibatch import draw_indices
 from numpyro_pvmc.chain.potentials import tempered
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.guides.checks import Form
 from numpyro_pvmc.guides.quasirandom import check_particles
 from numpyro_pvmc.infer.objective import ChainELBO, Phase, TrainingStep

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax, random
 
-from numpyro_pvmc.chain.chain import Chain, read_chain, read_structure
+from numpyro_pvmc.chain.chain import Chain, read_chain
 from numpyro_pvmc.chain.enumeration import of_particles
 from numpyro_pvmc.chain.minibatch import draw_indices
 from numpyro_pvmc.chain.potentials import tempered
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.unconstrained import Coordinates, coordinates_of_model
 from numpyro_pvmc.guides.checks import check_guide
 from numpyro_pvmc.guides.draws import draw, sites_to_draw

@@ -14,7 +14,7 @@ from floor import exponentials, pairs, seconds
 
 from linear_gaussian import guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
-from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, marginals
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.pvmc.propose import propose

@@ -11,7 +11,7 @@ import pytest
 
 from linear_gaussian import SERIES, TRANSITIONS, guide, law, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
-from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.guides.draws import draw, sites_to_draw
 from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, marginals
 from numpyro_pvmc.program.arguments import Arguments

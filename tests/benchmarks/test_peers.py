@@ -12,7 +12,7 @@ from peers import BACKWARD, RESAMPLING, backward_sampled, de_sequentialized, fil
 
 from linear_gaussian import SERIES, model
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.chain.chain import read_structure
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.pvmc.propose import propose
 

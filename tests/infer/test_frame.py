@@ -11,9 +11,10 @@ import pytest
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO
 
-from numpyro_pvmc.chain.chain import presence, read_chain, read_structure
+from numpyro_pvmc.chain.chain import presence, read_chain
 from numpyro_pvmc.chain.densities import particles_of
 from numpyro_pvmc.chain.potentials import chain_potentials
+from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.guides.checks import Form
 from numpyro_pvmc.infer.objective import ChainELBO
 from numpyro_pvmc.infer.svi import ChainSVI
