@@ -12,7 +12,7 @@ from numpyro_pvmc.chain.chain import read_chain, sites_after_scan, sites_at_star
 from numpyro_pvmc.chain.densities import Particles, with_states
 from numpyro_pvmc.chain.faults import Flaws, any_of, at_point, first_place, flaws, reason, series
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.compiled import for_each_model
+from numpyro_pvmc.program.compiled import BRIEFLY, for_each_model
 from numpyro_pvmc.program.handlers import log_prob
 from numpyro_pvmc.program.structure import Structure, per_series, time_rows, untidy
 
@@ -131,7 +131,7 @@ def _values(posterior):
     return posterior.params | posterior.globals, native
 
 
-@for_each_model(static_argnum=1)
+@for_each_model(static_argnum=1, options=BRIEFLY)
 def _look(model: Callable, structure: Structure, arguments: Arguments, values: dict[str, Any], particles: dict[str, jax.Array]):
     """Faults of the sites of the chain at its particles, by name; whether those outside of it have any."""
     chain = read_chain(structure, model, arguments, values)

@@ -15,7 +15,7 @@ from numpyro_pvmc.chain.chain import at_all_steps, begin, presence, read_chain, 
 from numpyro_pvmc.chain.faults import Flaws, any_of, first_place, flaws, reason, series
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.program.arguments import Arguments, Held, is_traced, signature
-from numpyro_pvmc.program.compiled import for_each_model
+from numpyro_pvmc.program.compiled import BRIEFLY, for_each_model
 from numpyro_pvmc.program.counts import reads_numbers
 from numpyro_pvmc.program.distributions import base_support, mask_of
 from numpyro_pvmc.program.handlers import log_prob, run
@@ -224,7 +224,7 @@ def _check_masks(structure, masks):
         )
 
 
-@for_each_model(static_argnum=1)
+@for_each_model(static_argnum=1, options=BRIEFLY)
 def _look(model, structure, arguments, values):
     chain = read_chain(structure, model, arguments, values)
     plates = [plate.size for plate in structure.plates]
@@ -259,7 +259,7 @@ def _numbers(function, *args):
         return jax.tree.map(np.asarray, function(*args))
 
 
-@for_each_model(static_argnum=1)
+@for_each_model(static_argnum=1, options=BRIEFLY)
 def _look_at_draws(model, structure, arguments, values):
     chain = read_chain(structure, model, arguments, values)
     latent = {site.name for site in structure.step_latents}

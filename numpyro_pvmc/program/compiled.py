@@ -8,8 +8,11 @@ from typing import Any
 
 import jax
 
+# What is run once or twice, on numbers that are only looked at, is not worth more time of the compiler than of its own.
+BRIEFLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
-def for_each_model(static_argnum: int) -> Callable[[Callable], Callable]:
+
+def for_each_model(static_argnum: int, options: dict[str, Any] | None = None) -> Callable[[Callable], Callable]:
     """A decorator like `jax.jit`, of a function whose first argument is a model.
 
     As a static argument of `jax.jit` a model would stay alive for good, with all data that it closes over. Here it is freed as
@@ -18,6 +21,7 @@ def for_each_model(static_argnum: int) -> Callable[[Callable], Callable]:
     that Python cannot refer to weakly is kept.
 
     :param static_argnum: which argument is static, counted from the model, which is 0.
+    :param options: of the compiler, such as :data:`BRIEFLY`.
     """
 
     def decorate(function):
@@ -35,7 +39,7 @@ def for_each_model(static_argnum: int) -> Callable[[Callable], Callable]:
                     model = reference()
                     return function(model if method is None else MethodType(method, model), *args)
 
-                return jax.jit(of_rest, static_argnums=static_argnum - 1)
+                return jax.jit(of_rest, static_argnums=static_argnum - 1, compiler_options=options)
 
             return compiled.get(model, compile_it)(*args)
 
