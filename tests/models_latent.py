@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 from numpyro.contrib.control_flow import scan
 from scipy import stats
 
-from program import Program, guide_means, normal, normal_guide, observations
+from programs import Program, guide_means, normal, normal_guide, observations
 
 
 def autoregression(length):

@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
-from program import SERIES, Program, normal, normal_guide, observations, series_plate
+from programs import SERIES, Program, normal, normal_guide, observations, series_plate
 
 
 def padded():

@@ -7,7 +7,7 @@ import numpyro.distributions as dist
 from numpyro.contrib.control_flow import scan
 from scipy import stats
 
-from program import SERIES, Program, counts, guide_means, normal, normal_guide, observations, series_plate
+from programs import SERIES, Program, counts, guide_means, normal, normal_guide, observations, series_plate
 
 
 def series():

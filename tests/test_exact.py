@@ -22,7 +22,7 @@ from conftest import DOUBLE, SINGLE, in_both_precisions
 from models import BY_NAME
 from numpyro_pvmc.exact import exact_posterior
 from oracles import LinearGaussian, dense_smoother, forecast, gaussian_integral, kalman_filter, rts_smoother
-from program import observations
+from programs import observations
 
 REFUSED = {
     "deterministic_start": r"Site 'x' has a Normal law whose mean is not affine in the latent sites of the step before",
