@@ -32,7 +32,11 @@ def smooth(program):
     pvmc = PVMC(program.model, program.guide, num_particles=program.num_particles, particles="iid")
     params = {name: jnp.asarray(value) for name, value in program.params.items()}
     if isinstance(program.guide, AutoGuide):
-        params = initial_params(pvmc, random.key(0), *program.args, **program.kwargs) | params
+        if "interval" in str(program):  # whose ends may be parameters, which the guide keeps as it met them: not traced
+            initial = pvmc.get_params(pvmc.init(random.key(0), *program.args, **program.kwargs))
+        else:
+            initial = initial_params(pvmc, random.key(0), *program.args, **program.kwargs)
+        params = initial | params
     return pvmc.posterior(random.key(1), params, *program.args, **program.kwargs), params
 
 
@@ -94,7 +98,12 @@ def check_gradient(program, posterior, params):
         of_params = lambda params: loss(random.key(1), params, program.model, program.guide, *program.args, **program.kwargs)
         return jax.value_and_grad(of_params)(params)
 
-    value, gradient = value_and_grad(params)
+    try:
+        value, gradient = value_and_grad(params)
+    except ValueError as error:  # a gradient of weights, of which there is none
+        assert program.num_particles == 1
+        assert "with one particle every weight is 1" in str(error)
+        return
     if not posterior.globals and not program.ignore:
         assert_allclose(-value, posterior.structure.scale * np.sum(posterior.log_normalizer), **NEAR)
     for name, slope in gradient.items():
