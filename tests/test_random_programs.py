@@ -101,8 +101,8 @@ def check_gradient(program, posterior, params):
     try:
         value, gradient = value_and_grad(params)
     except ValueError as error:  # a gradient of weights, of which there is none
-        assert program.num_particles == 1
-        assert "with one particle every weight is 1" in str(error)
+        if program.num_particles > 1 or "with one particle every weight is 1" not in str(error):
+            raise
         return
     if not posterior.globals and not program.ignore:
         assert_allclose(-value, posterior.structure.scale * np.sum(posterior.log_normalizer), **NEAR)
