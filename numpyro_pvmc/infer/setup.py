@@ -91,9 +91,9 @@ class CheckedSVI(SVI):
         if constrain_fn is None:
             state = self._first_init(structure, rng_key, args, kwargs, arguments, init_params)
             constrain_fn = self.constrain_fn
-            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(constrain_fn.args)):
-                return state  # constraints that may be of these very data
-            self._known[known_for] = structure, constrain_fn
+            if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(constrain_fn.args)):
+                self._known[known_for] = structure, constrain_fn  # else they may be of these very data
+            return state
         self.constrain_fn = constrain_fn
         state, _ = self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
         return state
@@ -153,21 +153,18 @@ class CheckedSVI(SVI):
 
     def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
         """Let NumPyro look at program, guide and data."""
-        if self._sets_up_by_shapes(structure):
-            self._form = self.objective.check(structure, self.guide, arguments, init_params or {})
-            state, constraints = self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
-            self.constrain_fn = functools.partial(transform_fn, *constraints.args)
-            return state
-        # As they are: an automatic guide of NumPyro sets itself up by real numbers.
+        params = init_params or {}
         try:
-            state = super().init(rng_key, *args, init_params=init_params, **kwargs)
+            if not self._sets_up_by_shapes(structure):
+                run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
+            self._form = self.objective.check(structure, self.guide, arguments, params)
+            state, constraints = self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
         except Exception:
             # NumPyro runs the model at draws of the guide: see whether they, or the data, are why that failed.
-            self.objective.check(structure, self.guide, arguments, init_params or {})
+            self.objective.check(structure, self.guide, arguments, params)
             self._look_at_data.explain_nan(np.nan, arguments)
             raise
-        params = super().get_params(state) | (state.mutable_state or {})
-        self._form = self.objective.check(structure, self.guide, arguments, params)
+        self.constrain_fn = functools.partial(transform_fn, *constraints.args)
         return state
 
     def _init(self, rng_key, arguments, init_params):
