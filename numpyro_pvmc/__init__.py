@@ -4,6 +4,7 @@ from numpyro_pvmc.guides.amortised_normal import AutoAmortisedNormal
 from numpyro_pvmc.guides.smoothed_normal import AutoSmoothedNormal
 from numpyro_pvmc.guides.state_space import AutoStateSpace
 from numpyro_pvmc.posterior.particles import SmoothedPosterior
+from numpyro_pvmc.program.compiled import enable_compilation_cache
 from numpyro_pvmc.program.markov import markov
 from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO
 from numpyro_pvmc.pvmc.pvmc import PVMC
@@ -19,5 +20,6 @@ __all__ = [
     "ImportanceSmoothedELBO",
     "SmoothedPosterior",
     "SupervisedELBO",
+    "enable_compilation_cache",
     "markov",
 ]
