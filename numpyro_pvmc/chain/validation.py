@@ -54,6 +54,15 @@ class DataCheck:
         check_data(structure, self.model, arguments, params)
         return structure, is_new
 
+    def parameters(self, arguments: Arguments) -> tuple[str, ...]:
+        """Names of the parameters of the program.
+
+        :param arguments: what it is called with.
+        """
+        structure, _ = self._known.get(signature(arguments), (None, None))
+        structure = read_structure(self.model, arguments, {}) if structure is None else structure
+        return tuple(name for name, _ in structure.parameters)
+
     def held(self, arguments: Arguments) -> Arguments:
         """Arguments of which the arrays whose numbers bound a count are held by value.
 

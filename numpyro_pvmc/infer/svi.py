@@ -20,7 +20,7 @@ from numpyro_pvmc.infer.setup import CheckedSVI
 from numpyro_pvmc.posterior.diagnostics import check_posterior, health
 from numpyro_pvmc.posterior.particles import SmoothedPosterior
 from numpyro_pvmc.program.arguments import Arguments, is_traced
-from numpyro_pvmc.program.handlers import parameters_of_the_model
+from numpyro_pvmc.program.handlers import parameters_of
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
 
@@ -124,7 +124,8 @@ class ChainSVI(CheckedSVI):
         if grow and init_state is None:
             phases = self.objective.schedule(num_steps, self._form)
         if any(phase.model_rests for phase in phases):
-            frozen = parameters_of_the_model(self.model, self.guide, own, self.get_params(state))
+            of_guide = parameters_of(self.guide, own, self.get_params(state))
+            frozen = tuple(sorted(set(self._look_at_data.parameters(own)) - of_guide))
         losses, first = [], state.optim_state[0]
         hidden = not progress_bar or is_traced((state, arguments))
         with tqdm.tqdm(total=num_steps, disable=hidden) as bar:

@@ -56,7 +56,7 @@ def survey(model: Callable, arguments: Arguments, values: dict[str, Any]) -> tup
         if any(map(is_latent, sites.values())):
             _check_carry(scan.init, carry)
         met.append((scan, length, dtypes, sites))
-        return carry, _stacked_zeros(output, length), batch_shapes(sites, length)
+        return carry, stacked_zeros(output, length), batch_shapes(sites, length)
 
     outside = run(model, arguments, values, random.key(_KEY), at_scan)
     found = []
@@ -124,7 +124,7 @@ def capture(
             shapes.update(batch_shapes(sites, length))
             return output
 
-        return scan.init, _stacked_zeros(jax.eval_shape(one), length), shapes
+        return scan.init, stacked_zeros(jax.eval_shape(one), length), shapes
 
     sites = run(model, arguments, values, random.key(_KEY) if rng_key is None else rng_key, at_scan)
     return captured[0], sites
@@ -196,7 +196,12 @@ def _is_array(leaf):
     return True
 
 
-def _stacked_zeros(one, length):
+def stacked_zeros(one: Any, length: int) -> Any:
+    """Zeros like what a step returns, with a leading time axis.
+
+    :param one: a pytree of arrays and numbers.
+    :param length: number of steps.
+    """
     return jax.tree.map(lambda leaf: jnp.zeros((length, *jnp.shape(leaf)), jnp.result_type(leaf)), one)
 
 

@@ -144,23 +144,21 @@ def run(
     return sites
 
 
-def parameters_of_the_model(model: Callable, guide: Callable, arguments: Arguments, values: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the parameters that a model declares, and its guide does not.
+def parameters_of(program: Callable, arguments: Arguments, values: dict[str, Any]) -> set[str]:
+    """Names of the parameters that a program declares.
 
-    :param model: a NumPyro program.
-    :param guide: another.
-    :param arguments: what both are called with.
+    :param program: a NumPyro program.
+    :param arguments: what it is called with.
     :param values: values of parameters and sites.
     """
-    of_model, of_guide = set(), set()
+    names = set()
 
     def abstractly(arguments, values):
-        for program, names in ((model, of_model), (guide, of_guide)):
-            sites = run(program, arguments, values, random.key(0))
-            names.update(name for name, site in sites.items() if site["type"] == "param")
+        sites = run(program, arguments, values, random.key(0))
+        names.update(name for name, site in sites.items() if site["type"] == "param")
 
     jax.eval_shape(abstractly, arguments, values)
-    return tuple(sorted(of_model - of_guide))
+    return names
 
 
 def run_body(scan: Scan, t: Any, carry: Any, x: Any, values: dict[str, Any], length: int) -> tuple[Any, Any, Sites]:

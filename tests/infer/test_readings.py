@@ -53,13 +53,13 @@ class Model:
 
 
 @few_particles
-@pytest.mark.parametrize("guide", [AutoNormal, AutoSmoothedNormal])
-def test_a_run_reads_once_and_traces_the_model_a_few_times(guide, readings):
+@pytest.mark.parametrize(("guide", "most"), [(AutoNormal, 20), (AutoSmoothedNormal, 24)])
+def test_a_run_reads_once_and_traces_the_model_a_few_times(guide, most, readings):
     model = Model()
     pvmc = PVMC(model, guide(model), num_particles=8)
     result = pvmc.run(jax.random.key(0), 40, Y, progress_bar=False)
     assert readings == [model]
-    assert model.runs <= 20
+    assert model.runs <= most
     pvmc.posterior(jax.random.key(0), result.params, Y)
     pvmc.sample_posterior(jax.random.key(0), result.params, Y)
     PVMC(model, guide(model), num_particles=8).run(jax.random.key(0), 40, Y + 1, progress_bar=False)
@@ -162,3 +162,59 @@ def test_a_method_is_read_once(readings):
     for _ in range(2):
         read_structure(model.__call__, Arguments((Y,)), {})
     assert len(readings) == 1
+
+
+def test_a_flag_that_the_program_reads(readings):
+    reads_before = [False]
+
+    def model(y):
+        def step(x_prev, y_t):
+            x = numpyro.sample("x", dist.Normal(0.9 * x_prev, 0.3))
+            numpyro.sample("y", dist.Normal(x_prev if reads_before[0] else x, 0.5), obs=y_t)
+            return x, None
+
+        scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
+
+    arguments = Arguments((Y,))
+    assert read_structure(model, arguments, {}).node_factors == ("y",)
+    reads_before[0] = True
+    assert read_structure(model, arguments, {}).edge_factors == ("x", "y")
+    reads_before[0] = False
+    assert read_structure(model, arguments, {}).node_factors == ("y",)
+    assert len(readings) == 2
+
+
+def test_what_becomes_of_a_value_is_seen_too(readings):
+    """No operation differs here, but which value is which."""
+    swapped = [False]
+
+    def model(y):
+        def step(carry, y_t):
+            a, b = carry
+            new = numpyro.sample("a", dist.Normal(a, 0.3)), numpyro.sample("b", dist.Normal(b, 0.3))
+            numpyro.sample("y", dist.Normal(new[swapped[0]], 0.5), obs=y_t)
+            return new, None
+
+        scan(step, tuple(numpyro.sample(name, dist.Normal(0.0, 1.0)) for name in ("a_0", "b_0")), y)
+
+    arguments = Arguments((Y,))
+    for swapped[0] in (False, True, False, True):
+        read_structure(model, arguments, {})
+    assert len(readings) == 2
+
+
+def test_an_error_of_a_changed_program_is_its_own():
+    broken = []
+
+    def model(y):
+        def step(x_prev, y_t):
+            x = numpyro.sample("x", dist.Normal(x_prev, 0.3))
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+            return (x, x) if broken else x, None
+
+        scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
+
+    read_structure(model, Arguments((Y,)), {})
+    broken.append(True)
+    with pytest.raises((TypeError, ValueError), match="carry"):
+        read_structure(model, Arguments((Y,)), {})
