@@ -1,4 +1,4 @@
-"""A name in, arrays out."""
+"""Load data sets that other packages ship."""
 
 from typing import NamedTuple
 

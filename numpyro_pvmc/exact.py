@@ -1,4 +1,4 @@
-"""A program, parameters and data in; the exact posterior of its chain out."""
+"""Smooth linear-Gaussian and finite chains exactly."""
 
 import dataclasses
 import functools

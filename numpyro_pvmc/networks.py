@@ -1,4 +1,4 @@
-"""Numbers of features in, networks that map a series of features to a series of outputs out.
+"""Map a series of features to a series of outputs.
 
 Needs Flax: ``pip install numpyro_pvmc[networks]``. A row of zeros stands for a time of which nothing is known, be it missing
 or beyond the ends of the series; so the networks here surround a series with such rows, and meet nothing new at its ends.

@@ -13,13 +13,13 @@ def python(program):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("room", "package"), [("exact", "cuthbertlib"), ("networks", "flax")])
-def test_a_missing_extra_is_named(room, package):
-    done = python(f"import sys\nsys.modules[{package!r}] = None\nimport numpyro_pvmc.{room}")
+@pytest.mark.parametrize(("module", "package"), [("exact", "cuthbertlib"), ("networks", "flax")])
+def test_a_missing_extra_is_named(module, package):
+    done = python(f"import sys\nsys.modules[{package!r}] = None\nimport numpyro_pvmc.{module}")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: ")
-    assert f'pip install "numpyro_pvmc[{room}]"' in last
+    assert f'pip install "numpyro_pvmc[{module}]"' in last
 
 
 def test_the_import_leaves_out_what_takes_longer_than_the_rest():

@@ -1,4 +1,4 @@
-"""A NumPyro program in, its Markov chain out: functions of one particle, one step.
+"""Evaluate the Markov chain of a program, one particle and one step at a time.
 
 A chain is a beginning, `begin`, that gives the log density and the state of one particle of the initial sites; and a step,
 `step`, that gives for one particle before it and one after it the log density that reads both (*edge*), the log density that

@@ -1,4 +1,4 @@
-"""A chain and particles in, its log densities at all particles and all neighbouring pairs out."""
+"""Evaluate the log densities of a chain at all particles and at all pairs of neighbouring ones."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Discrete sites of a chain in; all the values they can have together, and the weights of these, out.
+"""Enumerate the joint values of discrete sites, and sum over them.
 
 A point of the chain with K particles, and sites that are summed over S joint values, has K * S nodes: those of
 particle k are the ones from k * S to (k + 1) * S - 1. The beginning may have fewer joint values than a step, or more; what it

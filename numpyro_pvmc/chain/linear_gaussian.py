@@ -1,4 +1,4 @@
-"""A chain in, the matrices of its linear-Gaussian form out, or an error that names the site by which it has none.
+"""Read the matrices of a linear-Gaussian chain off its program, or name the site by which it has none.
 
 The program is asked, as any function. The laws of its sites must be Normal; the slopes of their means along the states must
 read no state, and are then the matrices; their covariances must not read the states either. A *state* is one vector for each

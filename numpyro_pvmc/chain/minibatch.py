@@ -1,4 +1,4 @@
-"""A minibatch of series: which ones they are; Gaussians of all series in, those of the minibatch out, and back."""
+"""Draw the series of a minibatch, once for all that reads them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

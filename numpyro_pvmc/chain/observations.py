@@ -1,4 +1,4 @@
-"""A chain in, arrays of what it observes out."""
+"""Arrange what a chain observes as arrays, for networks."""
 
 import jax
 import jax.numpy as jnp

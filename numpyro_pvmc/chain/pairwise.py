@@ -1,4 +1,4 @@
-"""Laws of what comes after, given what came before, in; log densities of all pairs out.
+"""Evaluate the log density of every pair of neighbouring particles.
 
 The transition of a chain is asked for at every pair of J particles before and K after. Its law takes J evaluations of the
 model, the values K; what is left for the pairs is an elementary function of the two. A generic log density, mapped over both,

@@ -1,4 +1,4 @@
-"""Sites of one point of a chain in, their unconstrained coordinates out, and laws that are Gaussian there.
+"""Map the latent sites of a step to unconstrained coordinates, and back.
 
 The coordinates of one series at one point are the unconstrained values of all latent sites, one after the other: a vector of
 length D. What has a leading time axis here has it there.

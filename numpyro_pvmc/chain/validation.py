@@ -1,4 +1,4 @@
-"""A program, its structure and numbers in; an error out if the numbers mean nothing, or a mask is not padding."""
+"""Look at the data of a program: refuse numbers that mean nothing, and masks that are not padding."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A model and a network in, a guide that reads the observations out."""
+"""Propose states from a network that reads the observations."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""A guide and particles in, log densities of the particles under the guide out.
+"""Check that a guide fits a chain, and evaluate its log density at particles.
 
 A guide that samples a site with a leading time axis is independent over time. One with a `scan` of its own over the chain's
 sites is Markovian: each particle of a step is drawn given one of the step before, and its density is that of the mixture

@@ -1,4 +1,4 @@
-"""A guide in, K draws of its sites out."""
+"""Draw the sites of a guide K times."""
 
 import math
 from collections.abc import Callable, Collection, Sequence

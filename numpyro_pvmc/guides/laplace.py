@@ -1,4 +1,4 @@
-"""A chain in, the Gaussian at the mode of its states out.
+"""Find the mode of the states of a chain, and the Gaussian with the curvature there.
 
 The log density of all states of a series, on their unconstrained scale, is maximised by Newton steps. Neighbours in time alone
 interact, so its second derivatives are a matrix of blocks on three diagonals, and a step costs one pass forwards through the

@@ -1,4 +1,4 @@
-"""A chain in, draws from its prior out: where a guide starts.
+"""Draw states from the prior, for where a guide starts.
 
 Global sites stand at their medians. Drawn with the states, a few of their draws decide everything: a tenth of the draws of an
 autoregressive coefficient may be above 1, and after a hundred steps theirs are all the spread there is.

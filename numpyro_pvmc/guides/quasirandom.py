@@ -1,4 +1,4 @@
-"""A law and a random key in, K evenly spread draws of it out.
+"""Draw K evenly spread values of a distribution.
 
 Randomised quasi-Monte Carlo: the K points of one Sobol set, each coordinate XORed with random bits, are each uniform on the
 unit cube, and together fill it more evenly than independent ones. With bits drawn afresh for every time step and series the

@@ -1,4 +1,4 @@
-"""A model in, a guide for its chain out."""
+"""Propose states from Gaussians that are refitted to the weighted particles."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,8 +46,8 @@ class AutoSmoothedNormal(AutoGuide):
     :param covariance: of the sites of one step and series: ``"diagonal"`` or ``"full"``.
     :param prefix: begins the name of the mutable state.
     :param init: ``"prior"``, or ``"laplace"`` to go on from there to the mode of all states and start with the curvature there
-        (:func:`numpyro_pvmc.laplace.laplace`), for models that are differentiable; good where transitions are tight. A series
-        whose estimate of the evidence is clearly lower there than at the prior starts at the prior.
+        (:func:`numpyro_pvmc.guides.laplace.laplace`), for models that are differentiable; good where transitions are tight. A
+        series whose estimate of the evidence is clearly lower there than at the prior starts at the prior.
     :param init_loc_fn: where to start, one of NumPyro's initialisation strategies; by default the medians of draws of the
         prior.
     :param init_scale: standard deviations to start with, in unconstrained space; by default the spread of draws of the prior.

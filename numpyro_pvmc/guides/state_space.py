@@ -1,4 +1,4 @@
-"""A guide for states and one for parameters in, a guide for both out."""
+"""Join a guide for states and one for parameters."""
 
 import functools
 import inspect

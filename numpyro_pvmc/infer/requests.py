@@ -1,4 +1,4 @@
-"""What is asked of an inference in, an error out if it means nothing."""
+"""Refuse what is asked of an inference where it means nothing."""
 
 from collections.abc import Callable
 from typing import Any

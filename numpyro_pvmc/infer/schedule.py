@@ -1,4 +1,4 @@
-"""A number of steps in, how a run goes through them out: phases of a cold start, and compiled calls."""
+"""Plan a run: the phases of a cold start, and how many updates each compiled call makes."""
 
 import math
 import time

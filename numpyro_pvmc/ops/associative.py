@@ -1,4 +1,4 @@
-"""Matrices of a chain's transitions in; their product, and what lies before and after each, out: about log T steps.
+"""Multiply the transitions of a chain in about log T steps.
 
 Neighbours are multiplied, then neighbouring products, until one is left; on the way back down each half of a product learns
 what lies beyond its ends. What goes down are vectors of logarithms. The gradient of the log normalizer goes the same way as

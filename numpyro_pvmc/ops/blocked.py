@@ -1,4 +1,4 @@
-"""Chain potentials in; what a particle at the end of a block of points weighs, by way of all that is outside the block, out.
+"""Multiply the transitions of a chain block by block: about twice the root of T steps.
 
 A chain is cut into C blocks of L transitions, through which one goes at once: L steps over arrays of C blocks, and C steps over
 their ends. What joins the ends of a block is a matrix product in the log semiring, K times the work of a vector's.

@@ -1,4 +1,4 @@
-"""A function of a step, or of some, and the inputs of all steps in, its results at all steps out."""
+"""Evaluate a function of one step at all steps, a few at a time."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Chain potentials in; what one pass forwards or backwards over the points tells out.
+"""Pass once through a chain, forwards or backwards.
 
 Alpha is the weight of all ways to a particle, beta that of all ways on from it. The arguments are those of
 :mod:`numpyro_pvmc.ops.smoothing`.

@@ -1,4 +1,4 @@
-"""A function that multiplies matrices in; the same function, whose products keep all digits of their precision, out.
+"""Multiply matrices with all digits of their precision.
 
 On a GPU that has tensor cores JAX multiplies float32 matrices by the first eleven bits of their elements, unless it is told not
 to: three digits, where log densities and weights need seven. What users' programs multiply is theirs to choose, with

@@ -1,4 +1,4 @@
-"""Gaussians and weighted particles in, the Gaussians refitted to the particles out.
+"""Refit Gaussians to weighted particles.
 
 The Gaussian nearest to a law in inclusive Kullback-Leibler divergence has its mean and covariance, and weighted particles
 estimate both.

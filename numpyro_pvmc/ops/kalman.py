@@ -1,4 +1,4 @@
-"""The matrices of a linear-Gaussian chain in; its evidence, moments and draws out.
+"""Filter, smooth and draw from a linear-Gaussian chain given its matrices.
 
 For one series: :math:`u_t = F_t u_{t-1} + c_t + N(0, Q_t)` and :math:`y_t = H_t u_t + d_t + N(0, R_t)`. The first row, whose F
 is zero, is the beginning. An element of y that is missing is NaN.

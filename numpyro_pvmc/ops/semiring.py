@@ -1,4 +1,4 @@
-"""Arrays of logarithms in, their sums and matrix products in the log semiring out.
+"""Sum and multiply in the log semiring.
 
 In the log semiring "plus" is ``logaddexp`` and "times" is ``+``. Nothing here clamps or adds an epsilon: the sum of no
 mass is ``-inf`` and passes back a gradient of zero.

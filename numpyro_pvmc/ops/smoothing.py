@@ -1,4 +1,4 @@
-"""Chain potentials in; their log normalizer, marginals and trajectories out.
+"""Sum over all trajectories of a chain: log normalizer, marginals, draws.
 
 A chain of T points has K particles at each point. The weight of the trajectory through particles ``k_1 .. k_T`` is the
 exponential of ``sum_t node[t, k_t] + sum_t edge[t, k_t, k_{t+1}]``. The log normalizer is the log of the sum of the weights

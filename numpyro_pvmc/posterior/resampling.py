@@ -1,4 +1,4 @@
-"""Draws of global sites from their guide in, draws from their posterior out, by adaptive importance sampling.
+"""Draw global sites from their posterior by adaptive importance sampling, starting from their guide.
 
 A guide trained by its bound is narrower than the posterior, and the logarithm of a scale that may be near zero has a tail that
 no Gaussian has: weights cannot make up for what is never drawn. So a multivariate Student's t is fitted to the weighted draws,

@@ -1,4 +1,4 @@
-"""A NumPyro program in, the structure of its Markov chain out, or an error that says what is not Markov about it.
+"""Find the structure of the Markov chain of a program, or say what is not Markov about it.
 
 What depends on what is asked of the program as of any function (`dependence`): which leaves of the carry are state and
 which are clocks, which sites before the scan are the chain's beginning and which are global, which factors read the

@@ -1,4 +1,4 @@
-"""A law in, what it is inside of its wrappers out."""
+"""Look inside of the wrappers of a distribution."""
 
 from typing import Any
 

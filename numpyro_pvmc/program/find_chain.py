@@ -1,4 +1,4 @@
-"""A NumPyro program in, the scan that is its chain out, or an error that says why there is none.
+"""Find the scan that is the chain of a program, or say why there is none.
 
 One abstract run, in which every scan is one step of its body: it shows the sites, not how they depend on each other.
 """

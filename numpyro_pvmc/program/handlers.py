@@ -1,7 +1,7 @@
-"""A NumPyro program in, what NumPyro's handlers saw of it out.
+"""Run programs under NumPyro's effect handlers.
 
-The only room that speaks NumPyro's effect handlers: it runs a program with given values, hands over the scans that the
-program reaches instead of running them, runs the body of a scan for one step, and draws from a guide.
+A program is run with given values; the scans that it reaches are handed over instead of being run; and the body of a scan is
+run for one step.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A program and the structure of its chain in, an error out if series or times that must be independent are not."""
+"""Refuse a chain whose series, or times, read each other where they must be independent."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,4 @@
-"""The structure of a Markov chain: names, shapes and roles of its sites, without any arrays. Log densities in, their sums by
-series and by time out.
-"""
+"""Describe a Markov chain: names, shapes and roles of its sites, without any arrays."""
 
 import math
 from collections.abc import Collection, Hashable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""A model, a guide and true states in, a loss out."""
+"""Learn from known states."""
 
 import math
 import numbers
