@@ -218,3 +218,30 @@ def test_an_error_of_a_changed_program_is_its_own():
     broken.append(True)
     with pytest.raises((TypeError, ValueError), match="carry"):
         read_structure(model, Arguments((Y,)), {})
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_numbers_that_the_program_closes_over(readings, kind):
+    """By the numbers of an array it is told whether series read each other."""
+    weights = [kind(np.array([1, 0, 2]))]
+
+    def model(y):
+        with numpyro.plate("series", 3):
+            x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+
+        def step(x_prev, y_t):
+            with numpyro.plate("series", 3):
+                x = numpyro.sample("x", dist.Normal(x_prev[weights[0]], 0.3))
+                numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+            return x, None
+
+        scan(step, x_0, y)
+
+    arguments = Arguments((jnp.zeros((4, 3)),))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="series"):
+            read_structure(model, arguments, {})
+        weights[0] = kind(np.array([0, 1, 2]))
+        first = read_structure(model, arguments, {})
+        assert read_structure(model, arguments, {}) is first
+        weights[0] = kind(np.array([1, 0, 2]))
