@@ -15,7 +15,7 @@ from numpyro_pvmc.infer.objective import ChainELBO
 from numpyro_pvmc.posterior.diagnostics import Health, health, refuse_integers, warn
 from numpyro_pvmc.posterior.particles import SmoothedPosterior
 from numpyro_pvmc.posterior.resampling import Guide, resample_globals
-from numpyro_pvmc.program.arguments import Arguments, is_traced
+from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.tracebacks import warn_caller
 
 
@@ -90,13 +90,11 @@ def check_samples(
 ) -> None:
     """Refuse draws that are no numbers, and say so if they should not be believed.
 
-    :param drawn: draws. Nothing is looked at while they are traced.
+    :param drawn: draws, not traced.
     :param again: makes a posterior again, given its key and values.
     :param advice: what to do where they rest on few particles.
     :raises ValueError: naming what is not a number; or sites of integers that cannot be drawn.
     """
-    if is_traced(drawn):
-        return
     found = jax.tree.map(np.asarray, drawn.health)
     if found.unknown.any():
         worst = found.unknown.argmax()

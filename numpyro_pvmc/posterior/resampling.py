@@ -152,7 +152,8 @@ def resample_globals(
     keys = random.split(key_guide, number)
     first = jax.eval_shape(guide.origins, key_guide)
     if first is None or number < _PER_COORDINATE * first.coordinates.size:
-        result, log_weights = lax.map(lambda key: evaluate(key, key, {}), keys)
+        others = jax.vmap(lambda key: random.fold_in(key, 1))(keys)
+        result, log_weights = lax.map(lambda drawn: evaluate(*drawn, {}), (keys, others))
         chosen = systematic(key_rounds, log_weights, number)
         return Resampled(jax.tree.map(lambda x: x[chosen], result), keys[chosen], {}, log_weights)
     start = jax.vmap(guide.origins)(keys).coordinates

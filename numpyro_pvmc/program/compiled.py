@@ -58,8 +58,7 @@ def for_each_model(static_argnum: int, options: dict[str, Any] | None = None) ->
 
         @functools.wraps(function)
         def of_model(model, *args):
-            # A bound method is a new object whenever it is looked up; what lives is the object that it is bound to.
-            owner, method = (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
+            owner, method = _owner_and_method(model)
 
             def compile_it():
                 reference = _reference(owner)
@@ -89,12 +88,17 @@ class ForEachModel:
         :param model: a function, a callable object, or a method of one.
         :param make: makes it when it is first asked for; must not hold the model.
         """
-        owner, method = (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
+        owner, method = _owner_and_method(model)
         key = id(owner), id(method)
         if key not in self._known:
             # The reference is kept, or else it would not be told when the model goes.
             self._known[key] = make(), _reference(owner, lambda _: self._known.pop(key, None))
         return self._known[key][0]
+
+
+def _owner_and_method(model):
+    # A bound method is a new object whenever it is looked up; what lives is the object that it is bound to.
+    return (model.__self__, model.__func__) if isinstance(model, MethodType) else (model, None)
 
 
 def _reference(owner, when_gone=None):

@@ -78,6 +78,17 @@ def test_the_chosen_are_made_again_with_their_own_keys():
     assert len(np.unique(other)) > 0.99 * NUMBER
 
 
+def test_a_few_draws_have_keys_of_their_own_too():
+    """Too few for a fit: what is weighed and what is not must still not be drawn with one key."""
+
+    def noisy(rng_key, other_key, values):
+        return (jax.random.normal(rng_key), jax.random.normal(other_key)), jnp.zeros(())
+
+    (noise, other), keys, *_ = resample_globals(jax.random.key(0), NARROW, noisy, 3)
+    np.testing.assert_allclose(noise, jax.vmap(jax.random.normal)(keys), rtol=1e-5)
+    assert np.abs(noise - other).min() > 1e-3
+
+
 def dependent():
     low = numpyro.sample("low", dist.Normal(0.0, 1.0))
     numpyro.sample("high", dist.TruncatedNormal(low, 1.0, low=low))
