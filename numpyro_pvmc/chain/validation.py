@@ -114,7 +114,7 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
     :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site and the first time.
     """
-    seen = _numbers(_look, model, structure, arguments, values)
+    seen = jax.tree.map(np.asarray, _look(model, structure, arguments, values))
     drawn = None
     if _has_nan(arguments) or any(site.impossible.any() for site in seen.in_scan.values()):
         drawn = _draw(structure, model, arguments, values)
@@ -258,14 +258,7 @@ def _look(model, structure, arguments, values):
 
 
 def _draw(structure, model, arguments, values):
-    return _numbers(_look_at_draws, model, structure, arguments, values)
-
-
-def _numbers(function, *args):
-    """What a compiled function returns, also inside of another that is being compiled and closes over its data."""
-    # Not `jax.ensure_compile_time_eval`: with that NumPyro validates numbers in laws that it would not see when compiled.
-    with jax.core.eval_context():
-        return jax.tree.map(np.asarray, function(*args))
+    return jax.tree.map(np.asarray, _look_at_draws(model, structure, arguments, values))
 
 
 @for_each_model(static_argnum=1, options=BRIEFLY)

@@ -89,8 +89,6 @@ class AutoAmortisedNormal(AutoGuide):
         (30, 2)
     """
 
-    sets_up_by_shapes = True  # and so inside of a compiled function
-
     def __init__(self, model: Callable, network: Any, *, features: Callable | None = None, prefix: str = "auto"):
         if not callable(network):
             raise TypeError(
@@ -99,6 +97,9 @@ class AutoAmortisedNormal(AutoGuide):
             )
         self.network, self.features = network, features
         super().__init__(model, prefix=prefix)
+
+    def set_up(self, *args: Any, **kwargs: Any) -> None:
+        """What of the guide needs numbers to set itself up, as a program: nothing, so it may be set up while it is compiled."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         """Sample the chain's sites.

@@ -14,18 +14,18 @@ from numpyro.infer import init_to_median
 
 from numpyro_pvmc.chain.chain import Chain, read_chain
 from numpyro_pvmc.chain.unconstrained import Coordinates, to_coordinates
+from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.compiled import BRIEFLY, for_each_model
 from numpyro_pvmc.program.find_chain import capture
 from numpyro_pvmc.program.handlers import run
+from numpyro_pvmc.program.structure import Structure
 
 
-def to_prior_median(site=None):
-    """An initialisation strategy: the median of the prior, of more draws than NumPyro's own takes; a value given stays.
+_DRAWS = 255  # for a median
 
-    :param site: a site, as NumPyro's strategies take it.
-    """
-    if site is None:
-        return functools.partial(to_prior_median)  # the kind of thing NumPyro looks into
-    return init_to_median(site, num_samples=255) if site["value"] is None else None
+
+def _to_prior_median(site):
+    return init_to_median(site, num_samples=_DRAWS) if site["value"] is None else None
 
 
 def at_medians(chain: Chain) -> Chain:
@@ -37,10 +37,22 @@ def at_medians(chain: Chain) -> Chain:
     structure = chain.structure
     if set(structure.global_sites) <= set(chain.values):
         return chain
-    model = _placed(chain.model, random.key(0), to_prior_median, structure.global_sites)
-    _, outside = capture(model, chain.arguments, chain.values, structure)
-    values = {name: outside[name]["value"] for name in structure.global_sites}
+    values = prior_medians(chain.model, structure, chain.arguments, chain.values)
     return read_chain(structure, chain.model, chain.arguments, values | chain.values, chain.gradient_scale)
+
+
+@for_each_model(static_argnum=1, options=BRIEFLY)
+def prior_medians(
+    model: Callable, structure: Structure, arguments: Arguments, values: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Medians of the global sites under their priors, each given those before it.
+
+    :param values: of sites and parameters; global sites among them keep theirs.
+    :return: ``{site: (*shape)}``.
+    """
+    placed = _placed(model, random.key(0), _to_prior_median, structure.global_sites)
+    _, outside = capture(placed, arguments, values, structure)
+    return {name: outside[name]["value"] for name in structure.global_sites}
 
 
 def prior_coordinates(

@@ -77,8 +77,6 @@ class AutoSmoothedNormal(AutoGuide):
         True
     """
 
-    sets_up_by_shapes = True  # and so inside of a compiled function
-
     def __init__(
         self,
         model: Callable,
@@ -111,6 +109,9 @@ class AutoSmoothedNormal(AutoGuide):
         """
         initial, steps = ([state.get(name) for name in self._names[point]] for point in ("initial", "steps"))
         return Proposal(None if initial[0] is None else Moments(*initial), Moments(*steps))
+
+    def set_up(self, *args: Any, **kwargs: Any) -> None:
+        """What of the guide needs numbers to set itself up, as a program: nothing, so it may be set up while it is compiled."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         arguments = Arguments(args, kwargs)

@@ -1,5 +1,6 @@
 """Join a guide for states and one for parameters."""
 
+import contextlib
 import functools
 import inspect
 import math
@@ -10,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpyro
 from jax import random
-from numpyro.handlers import block, seed, substitute, trace
+from numpyro.handlers import block, mask, substitute, trace
 from numpyro.infer.autoguide import AutoGuide, AutoMultivariateNormal, AutoNormal
 
 from numpyro_pvmc.chain.minibatch import minibatch_plates, subsampled
 from numpyro_pvmc.chain.reading import summed_structure
-from numpyro_pvmc.guides.prior import to_prior_median
+from numpyro_pvmc.guides.prior import prior_medians
 from numpyro_pvmc.guides.smoothed_normal import AutoSmoothedNormal
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.find_chain import capture
+from numpyro_pvmc.program.find_chain import capture, without_chain
 
 _MOST_TOGETHER = 50  # numbers whose correlations are learnt
 
@@ -80,14 +81,18 @@ class AutoStateSpace(AutoGuide):
         self.states = states(model, prefix=prefix)
         self.parameters = None if parameters is None else self._guide_of_parameters(parameters)
         self._names: tuple[str, ...] = ()
+        self._medians: dict[str, jax.Array] = {}
 
-    @property
-    def sets_up_by_shapes(self) -> bool:
-        """Whether the guide of the states can be set up inside of a compiled function."""
-        return getattr(self.states, "sets_up_by_shapes", False)
+    def set_up(self, *args: Any, **kwargs: Any) -> None:
+        """What of the guide needs numbers to set itself up, as a program: all but states that are refitted, or amortised."""
+        self._sample(self._set_up_states, args, kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-        structure = summed_structure(self.model, Arguments(args, kwargs))
+        return self._sample(self._sample_states, args, kwargs)
+
+    def _sample(self, sample_states, args, kwargs):
+        arguments = Arguments(args, kwargs)
+        structure = summed_structure(self.model, arguments)
         values, sites = {}, {}
         with minibatch_plates(structure) as indices:
             pass  # the plates are only to draw the indices: each guide enters plates of its own
@@ -95,11 +100,11 @@ class AutoStateSpace(AutoGuide):
             if structure.global_sites:
                 self._names = structure.global_sites
                 if self.parameters is None:
-                    self.parameters = self._guide_of_parameters(_fitting(structure, self.model, Arguments(args, kwargs)))
-                with trace() as sites:
+                    self.parameters = self._guide_of_parameters(_fitting(structure, self.model, arguments))
+                with trace() as sites, self._starting_at_medians(structure, arguments, indices):
                     values = dict(self.parameters(*args, **kwargs))
             if structure.sites:
-                values |= self._sample_states(args, kwargs, functools.partial(self._centre, sites, values))
+                values |= sample_states(args, kwargs, functools.partial(self._centre, sites, values))
         return values
 
     def sample_posterior(
@@ -141,11 +146,49 @@ class AutoStateSpace(AutoGuide):
         return self._of_both(lambda guide: guide.quantiles(params, quantiles, *of_states(guide), **kwargs))
 
     def _guide_of_parameters(self, make):
-        of_parameters = block(seed(self.model, 0), hide_fn=self._is_no_parameter)
-        guide = make(of_parameters, prefix=self.prefix, **_start_of(make))
+        guide = make(self._model_of_parameters, prefix=self.prefix, **self._start_of(make))
         if isinstance(guide, AutoGuide):
             guide.create_plates = self._plates  # those it makes itself keep the size of the first minibatch
         return guide
+
+    def _model_of_parameters(self, *args, **kwargs):
+        """The model with its global sites only. Their priors are masked while the guide looks where it starts."""
+        structure = summed_structure(self.model, Arguments(args, kwargs))
+        is_starting = getattr(self.parameters, "prototype_trace", self.parameters) is None
+        with block(hide_fn=self._is_no_parameter), mask(mask=False) if is_starting else contextlib.nullcontext():
+            without_chain(self.model, structure)(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _starting_at_medians(self, structure, arguments, values):
+        if getattr(self.parameters, "prototype_trace", self.parameters) is None:
+            self._medians = prior_medians(self.model, structure, arguments, values)
+        try:
+            yield
+        finally:
+            self._medians = {}
+
+    def _start_of(self, parameters):
+        """Where a guide of global sites starts that is not told: at the medians of their priors, near which chains are sane.
+
+        The strategy of most automatic guides is the interval from -2 to 2: at an autoregressive coefficient of 2 a chain of a
+        hundred steps has no numbers.
+        """
+        told = parameters.keywords if isinstance(parameters, functools.partial) else {}
+        try:
+            takes = "init_loc_fn" in inspect.signature(parameters).parameters
+        except (TypeError, ValueError):
+            takes = False
+        return {"init_loc_fn": self._to_median} if takes and "init_loc_fn" not in told else {}
+
+    def _to_median(self, site=None):
+        """An initialisation strategy of NumPyro."""
+        if site is None:
+            return functools.partial(self._to_median)  # the kind of thing NumPyro looks into
+        return self._medians.get(site["name"]) if site["value"] is None else None
+
+    def _set_up_states(self, args, kwargs, centre):
+        set_up = getattr(self.states, "set_up", None)
+        return (self.states if set_up is None else set_up)(*args, **kwargs) or {}
 
     def _sample_states(self, args, kwargs, centre):
         if isinstance(self.states, AutoSmoothedNormal):
@@ -184,20 +227,6 @@ def _fitting(structure, model, arguments):
 
     number = sum(math.prod(value.shape) for value in jax.eval_shape(look, arguments))
     return AutoNormal if number > _MOST_TOGETHER or subsampled(structure) else AutoMultivariateNormal
-
-
-def _start_of(parameters):
-    """Where a guide of global sites starts that is not told: at the medians of their priors, near which chains are sane.
-
-    The strategy of most automatic guides is the interval from -2 to 2: at an autoregressive coefficient of 2 a chain of a
-    hundred steps has no numbers.
-    """
-    told = parameters.keywords if isinstance(parameters, functools.partial) else {}
-    try:
-        takes = "init_loc_fn" in inspect.signature(parameters).parameters
-    except (TypeError, ValueError):
-        takes = False
-    return {"init_loc_fn": to_prior_median} if takes and "init_loc_fn" not in told else {}
 
 
 def automatic_guide(model: Callable) -> AutoStateSpace:

@@ -145,18 +145,18 @@ class CheckedSVI(SVI):
         with where_nan_means_missing():
             structure, is_new = self._look_at_data(arguments, params)
         check_indices(structure, params)
-        if is_new and not self._known and not self._sets_up_by_shapes(structure):
-            run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
+        if is_new and not self._known:
+            self._set_up_guide(rng_key, arguments, params)
 
-    def _sets_up_by_shapes(self, structure):
-        return getattr(self.guide, "sets_up_by_shapes", False) and not structure.global_sites
+    def _set_up_guide(self, rng_key, arguments, params):
+        """An automatic guide sets itself up when it is first run, and needs numbers for that."""
+        run(getattr(self.guide, "set_up", self.guide), arguments, params, rng_key)
 
     def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
         """Let NumPyro look at program, guide and data."""
         params = init_params or {}
         try:
-            if not self._sets_up_by_shapes(structure):
-                run(self.guide, arguments, params, rng_key)  # an automatic guide sets itself up, by real numbers
+            self._set_up_guide(rng_key, arguments, params)
             self._form = self.objective.check(structure, self.guide, arguments, params)
             state, constraints = self._compiled_init(rng_key, self._passed(args, kwargs), init_params)
         except Exception:

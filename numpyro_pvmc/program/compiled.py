@@ -50,7 +50,8 @@ def for_each_model(static_argnum: int, options: dict[str, Any] | None = None) ->
     that Python cannot refer to weakly is kept.
 
     :param static_argnum: which argument is static, counted from the model, which is 0.
-    :param options: of the compiler, such as :data:`BRIEFLY`.
+    :param options: of the compiler, such as :data:`BRIEFLY`. With these it is for numbers: given tracers the function is not
+        compiled by itself.
     """
 
     def decorate(function):
@@ -69,7 +70,14 @@ def for_each_model(static_argnum: int, options: dict[str, Any] | None = None) ->
 
                 return jax.jit(of_rest, static_argnums=static_argnum - 1, compiler_options=options)
 
-            return compiled.get(model, compile_it)(*args)
+            if options is None:
+                return compiled.get(model, compile_it)(*args)
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
+                return function(model, *args)  # options are for whole programs
+            # Also while another function is compiled, which closes over these numbers. Not `jax.ensure_compile_time_eval`:
+            # with that NumPyro validates numbers in distributions that it would not see when compiled.
+            with jax.core.eval_context():
+                return compiled.get(model, compile_it)(*args)
 
         return of_model
 

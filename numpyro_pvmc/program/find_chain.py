@@ -3,6 +3,7 @@
 One abstract run, in which every scan is one step of its body: it shows the sites, not how they depend on each other.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import lax, random
+from numpyro.handlers import seed
 
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import base_law
-from numpyro_pvmc.program.handlers import Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
+from numpyro_pvmc.program.handlers import AtScan, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
 
 _KEY = 0  # the seed of abstract runs, whose draws are never used
 
@@ -111,23 +113,33 @@ def capture(
     :return: the scan, and the sites outside of it.
     """
     captured = []
-
-    def at_scan(index, scan):
-        if index != chain.scan_index:
-            return None
-        scan = with_carry_dtypes(scan, chain.carry_dtypes)
-        captured.append(scan)
-        length, shapes = length_of(scan), {}
-
-        def one():
-            _, output, sites = run_body(scan, 0, scan.init, first(scan.xs), {}, length)
-            shapes.update(batch_shapes(sites, length))
-            return output
-
-        return scan.init, stacked_zeros(jax.eval_shape(one), length), shapes
-
+    at_scan = functools.partial(_in_place_of_chain, chain, captured)
     sites = run(model, arguments, values, random.key(_KEY) if rng_key is None else rng_key, at_scan)
     return captured[0], sites
+
+
+def without_chain(model: Callable, chain: Found | Any) -> Callable:
+    """The program that goes past its chain with outputs of zero.
+
+    :param model: a NumPyro program.
+    :param chain: as for :func:`capture`.
+    """
+    return seed(AtScan(model, functools.partial(_in_place_of_chain, chain, [])), _KEY)
+
+
+def _in_place_of_chain(chain, captured, index, scan):
+    if index != chain.scan_index:
+        return None
+    scan = with_carry_dtypes(scan, chain.carry_dtypes)
+    captured.append(scan)
+    length, shapes = length_of(scan), {}
+
+    def one():
+        _, output, sites = run_body(scan, 0, scan.init, first(scan.xs), {}, length)
+        shapes.update(batch_shapes(sites, length))
+        return output
+
+    return scan.init, stacked_zeros(jax.eval_shape(one), length), shapes
 
 
 def first(xs: Any) -> Any:

@@ -49,16 +49,22 @@ class Scan(NamedTuple):
 _PROBE = "_scan_probe"
 
 
-class _AtScan(Messenger):
+class AtScan(Messenger):
     """Hands each scan to a function, which may return ``(last carry, outputs, sites)`` in place of running it.
 
     On the way it looks at plates: at their sizes, and at their indices, which may be given and not fit.
+
+    :param fn: a program, if it is not used as a context.
+    :param at_scan: as for :func:`run`.
     """
 
-    def __init__(self, at_scan):
+    def __init__(self, fn: Callable | None, at_scan: Callable[[int, Scan], tuple[Any, Any, Shapes] | None]):
         self.at_scan = at_scan
+        super().__init__(fn)
+
+    def __enter__(self):
         self.count = 0
-        super().__init__()
+        return super().__enter__()
 
     def process_message(self, msg):
         if msg["type"] == "control_flow" and msg["fn"].__name__ == "scan_wrapper":
@@ -139,7 +145,7 @@ def run(
         of the sample sites of the scan, time included, which the program then does not have. ``None`` runs the scan.
     :return: the sites outside the scans that were replaced, by name.
     """
-    with block(), trace() as sites, _AtScan(at_scan), substitute(data=values), seed(rng_seed=rng_key):
+    with block(), trace() as sites, AtScan(None, at_scan), substitute(data=values), seed(rng_seed=rng_key):
         arguments(program)
     return sites
 
