@@ -1,20 +1,17 @@
 """Read the structure of a program, once for all calls that look alike."""
 
-import hashlib
 import re
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
-import jax.numpy as jnp
 import numpy as np
 from jax import random
 
 from numpyro_pvmc.program.analysis import analyse
 from numpyro_pvmc.program.arguments import Arguments, Held, signature
-from numpyro_pvmc.program.compiled import ForEachModel
+from numpyro_pvmc.program.compiled import ForEachModel, constants, digest
 from numpyro_pvmc.program.counts import list_values
 from numpyro_pvmc.program.distributions import base_law
 from numpyro_pvmc.program.find_chain import first, length_of, stacked_zeros
@@ -114,33 +111,8 @@ def _fingerprint(model, arguments, values):
         return results
 
     closed = jax.make_jaxpr(look)(arguments, values)
-    constants = tuple(_digest(constant) for constant in _constants(closed))
-    return tuple(names), re.sub("0x[0-9a-f]+", "", str(closed)), constants
-
-
-def _constants(found):
-    """Arrays that a jaxpr has from outside, and those of the functions that it calls: a reader goes by their numbers."""
-    jaxpr = found
-    if isinstance(found, jax.extend.core.ClosedJaxpr):
-        yield from found.consts
-        jaxpr = found.jaxpr
-    for equation in jaxpr.eqns:
-        for operand in equation.invars:
-            if isinstance(operand, jax.extend.core.Literal):
-                yield operand.val
-        inner = jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr)
-        for part in filter(_is_jaxpr, inner):
-            yield from _constants(part)
-
-
-def _is_jaxpr(part):
-    return isinstance(part, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr)
-
-
-def _digest(constant):
-    if isinstance(constant, jax.core.Tracer) or jax.dtypes.issubdtype(jnp.result_type(constant), jax.dtypes.extended):
-        return signature(constant)
-    return signature(constant), hashlib.blake2b(np.asarray(constant).tobytes(), digest_size=16).digest()
+    # A reader goes by the numbers of constants.
+    return tuple(names), re.sub("0x[0-9a-f]+", "", str(closed)), tuple(map(digest, constants(closed)))
 
 
 def _is(reference, tracer):

@@ -20,7 +20,6 @@ from numpyro_pvmc.program.find_chain import capture
 from numpyro_pvmc.program.handlers import run
 from numpyro_pvmc.program.structure import Structure
 
-
 _DRAWS = 255  # for a median
 
 

@@ -22,6 +22,7 @@ from numpyro_pvmc.infer.objective import ChainELBO, StockObjective, objective_of
 from numpyro_pvmc.infer.pickling import by_value
 from numpyro_pvmc.infer.resume import Expected, check_state, expected, precision
 from numpyro_pvmc.program.arguments import Arguments, Held, is_traced, signature
+from numpyro_pvmc.program.compiled import Compiled
 from numpyro_pvmc.program.handlers import run
 from numpyro_pvmc.program.structure import Structure
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
@@ -53,7 +54,7 @@ class CheckedSVI(SVI):
         """Begin with nothing compiled, and no data known."""
         self._known: dict[Any, tuple[Structure, Callable]] = {}
         self._look_at_data = DataCheck(self.model, self.guide)
-        self._compiled_init = jax.jit(self._init)
+        self._compiled_init = Compiled(self._init, self.model)
 
     @with_short_tracebacks
     def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:

@@ -20,6 +20,7 @@ from numpyro_pvmc.infer.setup import CheckedSVI
 from numpyro_pvmc.posterior.diagnostics import check_posterior, health
 from numpyro_pvmc.posterior.particles import SmoothedPosterior
 from numpyro_pvmc.program.arguments import Arguments, is_traced
+from numpyro_pvmc.program.compiled import Compiled
 from numpyro_pvmc.program.handlers import parameters_of
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
@@ -43,11 +44,11 @@ class ChainSVI(CheckedSVI):
 
     def _forget(self):
         super()._forget()
-        self._compiled_update = jax.jit(self._update, static_argnames=("stable",))
-        self._compiled_evaluate = jax.jit(self._evaluate)
-        self._compiled_updates = jax.jit(self._updates, static_argnames=("phase", "frozen", "stable"))
-        self._compiled_posterior = jax.jit(self._posterior)
-        self._compiled_sample = jax.jit(self._sample, static_argnames=("sample_shape", "resample"))
+        self._compiled_update = Compiled(self._update, self.model)
+        self._compiled_evaluate = Compiled(self._evaluate, self.model)
+        self._compiled_updates = Compiled(self._updates, self.model)
+        self._compiled_posterior = Compiled(self._posterior, self.model)
+        self._compiled_sample = Compiled(self._sample, self.model)
 
     @with_short_tracebacks
     def update(

@@ -1,14 +1,20 @@
 """Keep what is compiled for a model, or known of it, as long as the model lives."""
 
 import functools
+import hashlib
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_pvmc.program.arguments import signature
 
 
 def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path:
@@ -102,6 +108,99 @@ class ForEachModel:
             # The reference is kept, or else it would not be told when the model goes.
             self._known[key] = make(), _reference(owner, lambda _: self._known.pop(key, None))
         return self._known[key][0]
+
+
+class Compiled:
+    """A function compiled as by `jax.jit`, but not again for a model if a program with the same operations has been.
+
+    Inferences of one model have compiled functions of their own, since their guides and optimisers may be other ones. Where
+    these turn out to do the same, as the default ones do, one program is kept, as long as the model lives.
+
+    :param function: a function of pytrees; keyword arguments are static.
+    :param model: the model of whose programs this is one.
+    """
+
+    def __init__(self, function: Callable, model: Callable):
+        def of_leaves(treedef, static, *leaves):
+            return function(*jax.tree.unflatten(treedef, leaves), **dict(static))
+
+        of_leaves.__name__ = function.__name__
+        self._jit = jax.jit(of_leaves, static_argnums=(0, 1))
+        self._of_model = _programs.get(model, dict)
+        self._programs: dict[Any, Callable] = {}
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(args)
+        asked = treedef, tuple(static.items())
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or any(getattr(jax.config, name, False) for name in _DEBUGGING):
+            return self._jit(*asked, *leaves)
+        known_for = asked, tuple(map(_placed, leaves)), tuple(getattr(jax.config, name, None) for name in _TRACING)
+        if known_for not in self._programs:
+            self._programs[known_for] = self._compile(*asked, *leaves)
+        return self._programs[known_for](*leaves)
+
+    def _compile(self, *asked):
+        traced = self._jit.trace(*asked)
+        lowered = traced.lower()
+        text = hashlib.blake2b(lowered.as_text().encode()).digest()
+        same = text, tuple(map(digest, constants(traced.jaxpr))), jax.tree.structure(traced.out_info)
+        program = self._of_model[same] = self._of_model.pop(same, None) or lowered.compile()
+        if len(self._of_model) > _MOST_PROGRAMS:
+            del self._of_model[next(iter(self._of_model))]
+        return program
+
+
+_programs = ForEachModel()
+_MOST_PROGRAMS = 64  # of a model, kept for inferences to come: those used last
+
+# What a function is traced for beside its arguments, and what JAX can only do as it traces.
+_TRACING = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_device",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_rank_promotion",
+    "jax_numpy_dtype_promotion",
+)
+_DEBUGGING = ("jax_debug_nans", "jax_debug_infs", "jax_disable_jit", "jax_check_tracer_leaks")
+
+
+def _placed(leaf):
+    """The type of an array, and where it is."""
+    return jax.typeof(leaf), getattr(leaf, "sharding", None), getattr(leaf, "committed", False)
+
+
+def constants(found: jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr) -> Iterator[Any]:
+    """Arrays that a jaxpr has from outside, and those of the functions that it calls.
+
+    :param found: a jaxpr.
+    """
+    jaxpr = found
+    if isinstance(found, jax.extend.core.ClosedJaxpr):
+        yield from found.consts
+        jaxpr = found.jaxpr
+    for equation in jaxpr.eqns:
+        for operand in equation.invars:
+            if isinstance(operand, jax.extend.core.Literal):
+                yield operand.val
+        inner = jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr)
+        for part in filter(_is_jaxpr, inner):
+            yield from constants(part)
+
+
+def _is_jaxpr(part):
+    return isinstance(part, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr)
+
+
+def digest(constant: Any) -> Hashable:
+    """What two arrays have in common that have the same numbers; of tracers, and keys, what they look like.
+
+    :param constant: an array.
+    """
+    if isinstance(constant, jax.core.Tracer) or jax.dtypes.issubdtype(jnp.result_type(constant), jax.dtypes.extended):
+        return signature(constant)
+    return signature(constant), hashlib.blake2b(np.asarray(constant).tobytes(), digest_size=16).digest()
 
 
 def _owner_and_method(model):
