@@ -69,13 +69,13 @@ def warm_up(num_steps: int) -> int:
     return min(num_steps // 3, _ROUNDS)
 
 
-def warming_power(left: jax.Array, rounds: int) -> jax.Array:
+def warming_power(left: jax.Array, rounds: jax.Array) -> jax.Array:
     """The power to which transition densities are raised in a step of the warm-up: it rises from 0.1 to 1.
 
     :param left: how many of its steps are left; 0 or less when it is over.
     :param rounds: how many there were.
     """
-    return _POWER ** (jnp.maximum(left, 0) / max(rounds, 1))
+    return _POWER ** (jnp.maximum(left, 0) / jnp.maximum(rounds, 1))
 
 
 def default_optimiser() -> optax.GradientTransformation:

@@ -27,6 +27,7 @@ from numpyro_pvmc.program.handlers import run
 from numpyro_pvmc.program.structure import Structure
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
+from numpyro_pvmc.program.waiting import announced
 
 
 class CheckedSVI(SVI):
@@ -54,7 +55,7 @@ class CheckedSVI(SVI):
         """Begin with nothing compiled, and no data known."""
         self._known: dict[Any, tuple[Structure, Callable]] = {}
         self._look_at_data = DataCheck(self.model, self.guide)
-        self._compiled_init = Compiled(self._init, self.model)
+        self._compiled_init = Compiled(self._init, self.model, "the initial state")
 
     @with_short_tracebacks
     def init(self, rng_key: jax.Array, *args: Any, init_params: dict[str, Any] | None = None, **kwargs: Any) -> SVIState:
@@ -82,7 +83,7 @@ class CheckedSVI(SVI):
         arguments, params = self._arguments(args, kwargs), init_params or {}
         known_for = signature((rng_key, arguments, params))
         structure, constrain_fn = self._known.get(known_for, (None, None))
-        with where_nan_means_missing():
+        with where_nan_means_missing(), announced("reading the model and its data"):
             if structure is None:
                 # Before NumPyro looks: what cannot be read has a name here.
                 structure = read_structure(self.model, arguments, params)
@@ -143,7 +144,7 @@ class CheckedSVI(SVI):
         if is_traced((rng_key, arguments, params)):
             return
         check_finite(params)
-        with where_nan_means_missing():
+        with where_nan_means_missing(), announced("reading the model and its data"):
             structure, is_new = self._look_at_data(arguments, params)
         check_indices(structure, params)
         if is_new and not self._known:
@@ -151,7 +152,8 @@ class CheckedSVI(SVI):
 
     def _set_up_guide(self, rng_key, arguments, params):
         """An automatic guide sets itself up when it is first run, and needs numbers for that."""
-        run(getattr(self.guide, "set_up", self.guide), arguments, params, rng_key)
+        with announced("setting up the guide"):
+            run(getattr(self.guide, "set_up", self.guide), arguments, params, rng_key)
 
     def _first_init(self, structure, rng_key, args, kwargs, arguments, init_params):
         """Let NumPyro look at program, guide and data."""

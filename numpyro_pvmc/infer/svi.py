@@ -1,10 +1,11 @@
 """Train guides and models of chains, and ask for posteriors: what all engines share."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tqdm
 from jax import lax
 from numpyro.infer import SVI
@@ -24,6 +25,7 @@ from numpyro_pvmc.program.compiled import Compiled
 from numpyro_pvmc.program.handlers import parameters_of
 from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
+from numpyro_pvmc.program.waiting import unannounced
 
 _ALONE = TrainingStep()
 
@@ -44,11 +46,10 @@ class ChainSVI(CheckedSVI):
 
     def _forget(self):
         super()._forget()
-        self._compiled_update = Compiled(self._update, self.model)
-        self._compiled_evaluate = Compiled(self._evaluate, self.model)
-        self._compiled_updates = Compiled(self._updates, self.model)
-        self._compiled_posterior = Compiled(self._posterior, self.model)
-        self._compiled_sample = Compiled(self._sample, self.model)
+        self._compiled_evaluate = Compiled(self._evaluate, self.model, "the loss")
+        self._compiled_updates = Compiled(self._updates, self.model, "updates")
+        self._compiled_posterior = Compiled(self._posterior, self.model, "the posterior")
+        self._compiled_sample = Compiled(self._sample, self.model, "draws from the posterior")
 
     @with_short_tracebacks
     def update(
@@ -62,7 +63,7 @@ class ChainSVI(CheckedSVI):
         :return: the new state, and the loss at the old one.
         """
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs), stable=False)
+        return self._one_update(svi_state, args, kwargs, stable=False)
 
     @with_short_tracebacks
     def stable_update(
@@ -70,7 +71,7 @@ class ChainSVI(CheckedSVI):
     ) -> tuple[SVIState, jax.Array]:
         """Like :meth:`update`, but keep the old state if the loss or the new state is not finite."""
         requests.refuse_forward_mode(forward_mode_differentiation)
-        return self._compiled_update(svi_state, self._constraints(args, kwargs), self._passed(args, kwargs), stable=True)
+        return self._one_update(svi_state, args, kwargs, stable=True)
 
     @with_short_tracebacks
     def evaluate(self, svi_state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
@@ -118,6 +119,10 @@ class ChainSVI(CheckedSVI):
         """
         requests.check_steps(num_steps)
         requests.refuse_forward_mode(forward_mode_differentiation)
+        with unannounced(not progress_bar):
+            return self._run(rng_key, num_steps, args, kwargs, progress_bar, stable_update, init_state, init_params, grow)
+
+    def _run(self, rng_key, num_steps, args, kwargs, progress_bar, stable_update, init_state, init_params, grow):
         state = self.init(rng_key, *args, init_params=init_params, **kwargs) if init_state is None else init_state
         check_state(state, self.optim)
         constraints, arguments, own = self._constraints(args, kwargs), self._passed(args, kwargs), self._arguments(args, kwargs)
@@ -137,9 +142,8 @@ class ChainSVI(CheckedSVI):
                         state,
                         constraints,
                         arguments,
-                        jnp.asarray(count),
-                        jnp.asarray(begun),
-                        phase=phase._replace(num_steps=0),  # of which nothing is compiled
+                        _of_phase(count, begun, phase),
+                        num_particles=phase.num_particles,
                         frozen=frozen if phase.model_rests else (),
                         stable=stable_update,
                     )
@@ -216,6 +220,17 @@ class ChainSVI(CheckedSVI):
             check_samples(drawn, again, self.objective.advice(**choices))
         return drawn.samples
 
+    def _one_update(self, state, args, kwargs, stable):
+        """An update by the program that runs end with: it is compiled once for both."""
+        constraints, arguments = self._constraints(args, kwargs), self._passed(args, kwargs)
+        if is_traced((state, arguments)):  # a loop has no gradient, and the functions of others may want one
+            return self._update(state, constraints, arguments, stable)
+        last = self.objective.schedule(MOST_AT_ONCE, self._form)[-1]
+        place = _of_phase(1, 0, last if last.warm_up is None else last._replace(warm_up=0))
+        static = {"num_particles": last.num_particles, "frozen": (), "stable": stable}
+        state, losses = self._compiled_updates(state, constraints, arguments, place, **static)
+        return state, losses[0]
+
     @of_the_library
     def _update(self, state, constraints, arguments, stable, step=_ALONE):
         update = SVI.stable_update if stable else SVI.update
@@ -232,17 +247,17 @@ class ChainSVI(CheckedSVI):
         own.loss = self.objective.at(step)
         return own
 
-    def _updates(self, state, constraints, arguments, count, begun, phase, frozen, stable):
+    def _updates(self, state, constraints, arguments, place, num_particles, frozen, stable):
         def body(i, state_and_losses):
             state, losses = state_and_losses
-            step = TrainingStep(num_particles=phase.num_particles, frozen=frozen)
-            if phase.warm_up is not None:
-                left = phase.warm_up - begun - i
-                step = step._replace(power=warming_power(left, phase.warm_up), resting=left > 0)
+            step = TrainingStep(num_particles=num_particles, frozen=frozen)
+            if place.rounds is not None:
+                left = place.rounds - place.begun - i
+                step = step._replace(power=warming_power(left, place.rounds), resting=left > 0)
             state, loss = self._update(state, constraints, arguments, stable, step)
             return state, losses.at[i].set(loss.astype(losses.dtype))
 
-        return lax.fori_loop(0, count, body, (state, jnp.zeros(MOST_AT_ONCE, jnp.result_type(float))))
+        return lax.fori_loop(0, place.count, body, (state, jnp.zeros(MOST_AT_ONCE, jnp.result_type(float))))
 
     @of_the_library
     def _posterior(self, rng_key, params, arguments, choices):
@@ -261,6 +276,19 @@ class ChainSVI(CheckedSVI):
     def _sample(self, rng_key, params, arguments, choices, sample_shape, resample):
         parts = self.objective, self.model, self.guide, arguments, params, choices.kwargs, sample_shape, resample
         return sample(rng_key, *parts)
+
+
+class Place(NamedTuple):
+    """Which updates of a phase: how many, after how many, and for how many rounds its guide warms up, if it is refitted."""
+
+    count: np.ndarray
+    begun: np.ndarray
+    rounds: np.ndarray | None
+
+
+def _of_phase(count, begun, phase):
+    rounds = None if phase.warm_up is None else np.int32(phase.warm_up)
+    return Place(np.int32(count), np.int32(begun), rounds)
 
 
 class Source:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_pvmc.program.arguments import signature
+from numpyro_pvmc.program.waiting import announced
 
 
 def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path:
@@ -118,25 +119,29 @@ class Compiled:
 
     :param function: a function of pytrees; keyword arguments are static.
     :param model: the model of whose programs this is one.
+    :param name: of what it computes, for who waits for the compiler.
     """
 
-    def __init__(self, function: Callable, model: Callable):
+    def __init__(self, function: Callable, model: Callable, name: str):
         def of_leaves(treedef, static, *leaves):
             return function(*jax.tree.unflatten(treedef, leaves), **dict(static))
 
         of_leaves.__name__ = function.__name__
         self._jit = jax.jit(of_leaves, static_argnums=(0, 1))
+        self._name = name
         self._of_model = _programs.get(model, dict)
         self._programs: dict[Any, Callable] = {}
 
     def __call__(self, *args: Any, **static: Any) -> Any:
         leaves, treedef = jax.tree.flatten(args)
         asked = treedef, tuple(static.items())
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves) or any(getattr(jax.config, name, False) for name in _DEBUGGING):
+        debugged = any(getattr(jax.config, name, False) for name in _DEBUGGING)
+        if debugged or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self._jit(*asked, *leaves)
         known_for = asked, tuple(map(_placed, leaves)), tuple(getattr(jax.config, name, None) for name in _TRACING)
         if known_for not in self._programs:
-            self._programs[known_for] = self._compile(*asked, *leaves)
+            with announced(f"compiling {self._name}"):
+                self._programs[known_for] = self._compile(*asked, *leaves)
         return self._programs[known_for](*leaves)
 
     def _compile(self, *asked):

@@ -103,7 +103,8 @@ class ImportanceSmoothedELBO(ChainELBO):
             return [Phase(num_steps, warm_up=warm_up(num_steps))]
         reweighted = self.gradient == "reweighted" or bool(kind.not_reparameterised)
         first, *others = growth(num_steps, self.num_particles, reweighted)
-        phases = [Phase(count, number) for number, count in (first, *others)]
+        own = self.num_particles
+        phases = [Phase(count, None if number == own else number) for number, count in (first, *others)]
         return [phases[0]._replace(model_rests=bool(others)), *phases[1:]]
 
     def at(self, step: TrainingStep) -> "ImportanceSmoothedELBO":

@@ -15,7 +15,7 @@ from numpyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from conftest import initial_params
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
-from numpyro_pvmc.infer.objective import Phase
+from numpyro_pvmc.infer.svi import Place
 
 T = 40
 
@@ -69,12 +69,12 @@ def test_a_model_parameter_rests_while_the_guide_warms_up():
     pvmc = PVMC(counts, AutoSmoothedNormal(counts), optax.sgd(0.1), num_particles=8)
     state = pvmc.init(random.key(0), Y)
     arguments = pvmc._arguments((Y,), {})
-    chosen = {"phase": Phase(0, warm_up=10), "frozen": (), "stable": False}
+    chosen = {"num_particles": None, "frozen": (), "stable": False}
     constraints = pvmc._constraints((Y,), {})
-    warm, _ = pvmc._compiled_updates(state, constraints, arguments, jnp.asarray(5), jnp.asarray(3), **chosen)
+    warm, _ = pvmc._compiled_updates(state, constraints, arguments, Place(5, 3, rounds=10), **chosen)
     assert pvmc.get_params(warm)["a"] == pvmc.get_params(state)["a"]
     assert (pvmc.get_params(warm)["auto_steps_mean"] != pvmc.get_params(state)["auto_steps_mean"]).all()
-    done, _ = pvmc._compiled_updates(state, constraints, arguments, jnp.asarray(8), jnp.asarray(3), **chosen)
+    done, _ = pvmc._compiled_updates(state, constraints, arguments, Place(8, 3, rounds=10), **chosen)
     assert pvmc.get_params(done)["a"] != pvmc.get_params(state)["a"]
 
 

@@ -15,8 +15,8 @@ from numpyro.infer.autoguide import AutoNormal
 
 from conftest import few_particles
 from numpyro_pvmc import PVMC
-from numpyro_pvmc.infer.objective import Phase
 from numpyro_pvmc.infer.schedule import calls, growth
+from numpyro_pvmc.infer.svi import Place
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.handlers import parameters_of
 from oracles import kalman_filter
@@ -238,8 +238,8 @@ def test_model_parameters_rest_while_there_is_one_particle():
     pvmc = PVMC(model, AutoNormal(model), num_particles=16)
     assert growth(3, 16)[0] == (1, 1)
     state = pvmc.init(jax.random.key(0), simulate(0, 6))
-    parts = state, pvmc._constraints((), {}), arguments_of(simulate(0, 6)), jnp.asarray(5), jnp.asarray(0)
-    with_one, _ = pvmc._compiled_updates(*parts, phase=Phase(0, num_particles=1), frozen=("a",), stable=False)
+    parts = state, pvmc._constraints((), {}), arguments_of(simulate(0, 6)), Place(5, 0, None)
+    with_one, _ = pvmc._compiled_updates(*parts, num_particles=1, frozen=("a",), stable=False)
     assert pvmc.get_params(with_one)["a"] == 0.5
     assert (pvmc.get_params(with_one)["x_auto_loc"] != pvmc.get_params(state)["x_auto_loc"]).all()
     assert parameters_of(model, arguments_of(simulate(0, 6)), {}) == {"a"}
