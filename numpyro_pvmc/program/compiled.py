@@ -148,6 +148,7 @@ class Compiled:
         traced = self._jit.trace(*asked)
         lowered = traced.lower()
         text = hashlib.blake2b(lowered.as_text().encode()).digest()
+        # JAX may pass constants beside the text.
         same = text, tuple(map(digest, constants(traced.jaxpr))), jax.tree.structure(traced.out_info)
         program = self._of_model[same] = self._of_model.pop(same, None) or lowered.compile()
         if len(self._of_model) > _MOST_PROGRAMS:
