@@ -231,7 +231,7 @@ def _check_numbers(posterior):
     )
 
 
-@for_each_model(static_argnum=1)
+@for_each_model(static_argnum=1, name="the exact posterior")
 @precise
 def _condition(model, structure, arguments, params):
     """The posterior, without model and arguments, and which latent sites are masked in part."""
@@ -260,7 +260,7 @@ def _condition(model, structure, arguments, params):
     return posterior, partly
 
 
-@for_each_model(static_argnum=1)
+@for_each_model(static_argnum=1, name="the exact posterior")
 @precise
 def _sum(model, structure, arguments, params):
     """The posterior of a chain with discrete states only, without model and arguments."""
@@ -278,7 +278,7 @@ def _variances(means, covariances):
     return {n: jnp.diagonal(x, axis1=-2, axis2=-1).reshape(means[n].shape) for n, x in covariances.items()}
 
 
-@for_each_model(static_argnum=3)
+@for_each_model(static_argnum=3, name="draws from the posterior")
 @precise
 def _sample(model, posterior, rng_key, sample_shape):
     (offset, _, _), structure = posterior.backward, posterior.structure

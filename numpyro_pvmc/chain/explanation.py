@@ -131,7 +131,7 @@ def _values(posterior):
     return posterior.params | posterior.globals, native
 
 
-@for_each_model(static_argnum=1, options=BRIEFLY)
+@for_each_model(static_argnum=1, name="a look for the reason", options=BRIEFLY)
 def _look(model: Callable, structure: Structure, arguments: Arguments, values: dict[str, Any], particles: dict[str, jax.Array]):
     """Faults of the sites of the chain at its particles, by name; whether those outside of it have any."""
     chain = read_chain(structure, model, arguments, values)

@@ -233,7 +233,7 @@ def _check_masks(structure, masks):
         )
 
 
-@for_each_model(static_argnum=1, options=BRIEFLY)
+@for_each_model(static_argnum=1, name="a look at the data", options=BRIEFLY)
 def _look(model, structure, arguments, values):
     chain = read_chain(structure, model, arguments, values)
     plates = [plate.size for plate in structure.plates]
@@ -261,7 +261,7 @@ def _draw(structure, model, arguments, values):
     return jax.tree.map(np.asarray, _look_at_draws(model, structure, arguments, values))
 
 
-@for_each_model(static_argnum=1, options=BRIEFLY)
+@for_each_model(static_argnum=1, name="a look at the data", options=BRIEFLY)
 def _look_at_draws(model, structure, arguments, values):
     chain = read_chain(structure, model, arguments, values)
     latent = {site.name for site in structure.step_latents}

@@ -40,7 +40,7 @@ def at_medians(chain: Chain) -> Chain:
     return read_chain(structure, chain.model, chain.arguments, values | chain.values, chain.gradient_scale)
 
 
-@for_each_model(static_argnum=1, options=BRIEFLY)
+@for_each_model(static_argnum=1, name="medians of the prior", options=BRIEFLY)
 def prior_medians(
     model: Callable, structure: Structure, arguments: Arguments, values: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:

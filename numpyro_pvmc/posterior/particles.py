@@ -233,7 +233,7 @@ def _probabilities(structure, log_weights):
     return probabilities(structure, jnp.where(is_possible, log_weights, jnp.nan)) if structure.states else {}
 
 
-@for_each_model(static_argnum=3)
+@for_each_model(static_argnum=3, name="draws from the posterior")
 def _sample(model, posterior, rng_key, sample_shape):
     structure = posterior.structure
     values = posterior.params | posterior.globals

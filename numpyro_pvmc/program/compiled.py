@@ -48,7 +48,7 @@ def enable_compilation_cache(directory: str | os.PathLike | None = None) -> Path
 BRIEFLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def for_each_model(static_argnum: int, options: dict[str, Any] | None = None) -> Callable[[Callable], Callable]:
+def for_each_model(static_argnum: int, name: str, options: dict[str, Any] | None = None) -> Callable[[Callable], Callable]:
     """A decorator like `jax.jit`, of a function whose first argument is a model.
 
     As a static argument of `jax.jit` a model would stay alive for good, with all data that it closes over. Here it is freed as
@@ -57,6 +57,7 @@ def for_each_model(static_argnum: int, options: dict[str, Any] | None = None) ->
     that Python cannot refer to weakly is kept.
 
     :param static_argnum: which argument is static, counted from the model, which is 0.
+    :param name: of what it computes, for who waits for the compiler.
     :param options: of the compiler, such as :data:`BRIEFLY`. With these it is for numbers: given tracers the function is not
         compiled by itself.
     """
@@ -78,12 +79,13 @@ def for_each_model(static_argnum: int, options: dict[str, Any] | None = None) ->
                 return jax.jit(of_rest, static_argnums=static_argnum - 1, compiler_options=options)
 
             if options is None:
-                return compiled.get(model, compile_it)(*args)
+                with announced(f"compiling {name}"):
+                    return compiled.get(model, compile_it)(*args)
             if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args)):
                 return function(model, *args)  # options are for whole programs
             # Also while another function is compiled, which closes over these numbers. Not `jax.ensure_compile_time_eval`:
             # with that NumPyro validates numbers in distributions that it would not see when compiled.
-            with jax.core.eval_context():
+            with jax.core.eval_context(), announced(f"compiling {name}"):
                 return compiled.get(model, compile_it)(*args)
 
         return of_model
