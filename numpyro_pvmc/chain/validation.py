@@ -54,6 +54,12 @@ class DataCheck:
         check_data(structure, self.model, arguments, params)
         return structure, is_new
 
+    @property
+    def seen(self) -> Structure | None:
+        """The structure of the chain of the data met last, of those that looked new."""
+        structures = [structure for structure, _ in self._known.values()]
+        return structures[-1] if structures else None
+
     def parameters(self, arguments: Arguments) -> tuple[str, ...]:
         """Names of the parameters of the program.
 

@@ -23,7 +23,7 @@ from numpyro_pvmc.chain.unconstrained import Coordinates, coordinates_of_model, 
 from numpyro_pvmc.guides.gaussian import Proposal, sample_proposal
 from numpyro_pvmc.guides.prior import at_medians, prior_coordinates
 from numpyro_pvmc.ops.gaussian import Moments, spread
-from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.arguments import Arguments, called
 from numpyro_pvmc.program.structure import Structure
 
 _WIDEST = 4.0  # logs of scales stay within this of the prior's
@@ -97,6 +97,9 @@ class AutoAmortisedNormal(AutoGuide):
             )
         self.network, self.features = network, features
         super().__init__(model, prefix=prefix)
+
+    def __repr__(self):
+        return f"AutoAmortisedNormal (network={called(self.network)}, prefix={self.prefix!r})"
 
     def set_up(self, *args: Any, **kwargs: Any) -> None:
         """What of the guide needs numbers to set itself up, as a program: nothing, so it may be set up while it is compiled."""

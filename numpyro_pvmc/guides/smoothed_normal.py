@@ -101,6 +101,11 @@ class AutoSmoothedNormal(AutoGuide):
         self._names = {of: tuple(f"{prefix}_{of}_{part}" for part in Moments._fields) for of in Coordinates._fields}
         self._coordinates: dict[tuple[int, ...], Coordinates] = {}
 
+    def __repr__(self):
+        sites = sorted({name for coordinates in self._coordinates.values() for name in _names(coordinates)})
+        of_sites = f" of {', '.join(map(repr, sites))}" if sites else ""
+        return f"AutoSmoothedNormal{of_sites} (covariance={self.covariance!r}, init={self.init!r}, rate={self.rate})"
+
     def proposal(self, state: dict[str, Any]) -> Proposal:
         """The Gaussians that a state holds.
 

@@ -18,7 +18,7 @@ from numpyro_pvmc.chain.minibatch import minibatch_plates, subsampled
 from numpyro_pvmc.chain.reading import summed_structure
 from numpyro_pvmc.guides.prior import prior_medians
 from numpyro_pvmc.guides.smoothed_normal import AutoSmoothedNormal
-from numpyro_pvmc.program.arguments import Arguments
+from numpyro_pvmc.program.arguments import Arguments, called
 from numpyro_pvmc.program.find_chain import capture, without_chain
 
 _MOST_TOGETHER = 50  # numbers whose correlations are learnt
@@ -82,6 +82,12 @@ class AutoStateSpace(AutoGuide):
         self.parameters = None if parameters is None else self._guide_of_parameters(parameters)
         self._names: tuple[str, ...] = ()
         self._medians: dict[str, jax.Array] = {}
+
+    def __repr__(self):
+        parameters = "" if self.parameters is None else called(self.parameters)
+        names = f" of {', '.join(map(repr, self._names))}" if self._names else ""
+        states = self.states if type(self.states).__module__.startswith("numpyro_pvmc.") else called(self.states)
+        return f"AutoStateSpace\n  parameters: {parameters or 'chosen when it meets data'}{names}\n  states: {states}"
 
     def set_up(self, *args: Any, **kwargs: Any) -> None:
         """What of the guide needs numbers to set itself up, as a program: all but states that are refitted, or amortised."""

@@ -67,6 +67,10 @@ class ChainELBO(ELBO):
             raise ValueError(f"`num_particles` must be an integer of at least 1, but got {num_particles!r}.")
         self.num_particles = num_particles
 
+    def __repr__(self):
+        choices = {name: value for name, value in vars(self).items() if type(value) in (int, float, str)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in choices.items())})"
+
     def check(self, structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> Form:
         """Refuse a guide that does not fit.
 

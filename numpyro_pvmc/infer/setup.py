@@ -21,7 +21,7 @@ from numpyro_pvmc.infer.endings import check_finite
 from numpyro_pvmc.infer.objective import ChainELBO, StockObjective, objective_of
 from numpyro_pvmc.infer.pickling import by_value
 from numpyro_pvmc.infer.resume import Expected, check_state, expected, precision
-from numpyro_pvmc.program.arguments import Arguments, Held, is_traced, signature
+from numpyro_pvmc.program.arguments import Arguments, Held, called, is_traced, signature
 from numpyro_pvmc.program.compiled import Compiled
 from numpyro_pvmc.program.handlers import run
 from numpyro_pvmc.program.structure import Structure
@@ -45,6 +45,11 @@ class CheckedSVI(SVI):
         self._form = Form()
         self._expected: dict[str, list[Expected]] = {}
         self._forget()
+
+    def __repr__(self):
+        seen, kind = self._look_at_data.seen, type(self).__name__
+        chain = "no data met yet" if seen is None else f"chain of {seen.summary}"
+        return f"{kind} for {called(self.model)}\n  {chain}\n  objective: {self.loss!r}\n  guide: {_shown(self.guide)}"
 
     @property
     def objective(self) -> ChainELBO | StockObjective:
@@ -195,3 +200,8 @@ class CheckedSVI(SVI):
 
     def __reduce_ex__(self, protocol):
         return by_value(self)
+
+
+def _shown(guide):
+    own = type(guide).__module__.startswith("numpyro_pvmc.")
+    return repr(guide).replace("\n", "\n  ") if own else called(guide)

@@ -9,11 +9,12 @@ import numpy as np
 import tqdm
 from jax import lax
 from numpyro.infer import SVI
-from numpyro.infer.svi import SVIRunResult, SVIState
+from numpyro.infer.svi import SVIState
 
 from numpyro_pvmc.infer import requests
 from numpyro_pvmc.infer.endings import warn_of_ending
 from numpyro_pvmc.infer.objective import Phase, TrainingStep, progress
+from numpyro_pvmc.infer.result import RunResult
 from numpyro_pvmc.infer.resume import check_state
 from numpyro_pvmc.infer.sampling import check_samples, sample
 from numpyro_pvmc.infer.schedule import MOST_AT_ONCE, calls, warming_power
@@ -91,7 +92,7 @@ class ChainSVI(CheckedSVI):
         init_params: dict[str, Any] | None = None,
         grow: bool = True,
         **kwargs: Any,
-    ) -> SVIRunResult:
+    ) -> RunResult:
         """Train for a number of steps.
 
         From a cold start the weights of many particles all go to one of them before the guide is near the posterior, and the
@@ -159,7 +160,7 @@ class ChainSVI(CheckedSVI):
             skipped = num_steps - int(state.optim_state[0] - first) if stable_update else None
             settled = num_steps - phases[-1].num_steps + (phases[-1].warm_up or 0)
             warn_of_ending(losses, settled, params, skipped)
-        return SVIRunResult(params, state, losses)
+        return RunResult(params, state, losses)
 
     def posterior(self, rng_key: jax.Array, params: dict[str, Any], *args: Any, **kwargs: Any) -> SmoothedPosterior:
         """The posterior given one draw of the global sites.

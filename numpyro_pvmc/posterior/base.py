@@ -85,7 +85,7 @@ class ChainPosterior(abc.ABC):
         is_one = not is_traced(self) and self.log_normalizer.ndim == len(self.structure.plates)  # not several, under `jax.vmap`
         evidence = f"\n  log evidence {np.asarray(self.log_normalizer).sum():.6g}" if is_one else ""
         evidence += " in all" if evidence and self.log_normalizer.ndim else ""
-        return f"{_summary(type(self).__name__, self.structure)}{kind}{evidence}{more if is_one else ''}"
+        return f"{type(self).__name__} of {self.structure.summary}{kind}{evidence}{more if is_one else ''}"
 
 
 def check_probabilities(q: float | jax.Array) -> jax.Array:
@@ -97,17 +97,6 @@ def check_probabilities(q: float | jax.Array) -> jax.Array:
     if not isinstance(q, jax.core.Tracer) and np.any((np.asarray(q) < 0) | (np.asarray(q) > 1)):
         raise ValueError(f"`q` must be between 0 and 1, but got {q}.")
     return jnp.asarray(q)
-
-
-def _summary(kind: str, structure: Structure) -> str:
-    """The first line of what is shown of a posterior.
-
-    :param kind: what it is.
-    :param structure: the structure of its chain.
-    """
-    sites = ", ".join(f"'{site.name}'" for site in (*structure.initial_latents, *structure.step_latents))
-    plates = "".join(f", {plate.size} series of plate '{plate.name}'" for plate in structure.plates)
-    return f"{kind} of {sites}: T = {structure.length} steps{plates}"
 
 
 def given(values: dict[str, jax.Array], what: str = "one draw") -> str:

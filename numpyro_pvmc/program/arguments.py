@@ -142,3 +142,11 @@ def places(arguments: Arguments) -> list[str]:
     arrays = {id(leaf) for leaf in jax.tree.leaves(arguments)}
     everywhere = jax.tree.leaves_with_path((arguments.args, arguments.kwargs))
     return [jax.tree_util.keystr(path) for path, leaf in everywhere if id(leaf) in arrays]
+
+
+def called(program: Callable) -> str:
+    """What a program is called: the name of the function, or the class of the object.
+
+    :param program: a NumPyro program.
+    """
+    return getattr(program, "__name__", type(program).__name__)

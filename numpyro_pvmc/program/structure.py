@@ -94,6 +94,13 @@ class Structure(NamedTuple):
     outside: tuple[str, ...] = ()
 
     @property
+    def summary(self) -> str:
+        """The chain in half a line: latent sites, steps, series."""
+        sites = ", ".join(f"'{site.name}'" for site in (*self.initial_latents, *self.step_latents))
+        plates = "".join(f", {plate.size} series of plate '{plate.name}'" for plate in self.plates)
+        return f"{sites}: T = {self.length} steps{plates}"
+
+    @property
     def initial(self) -> dict[str, Latent]:
         """Latent sites of the chain's beginning that have particles, by name."""
         return {site.name: site for site in self.initial_sites}
