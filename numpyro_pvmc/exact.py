@@ -20,7 +20,7 @@ from numpyro_pvmc.chain.linear_gaussian import by_site, check_linear_gaussian, c
 from numpyro_pvmc.chain.potentials import enumerated
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import check_data, check_distributions
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.ops.smoothing import marginals
 from numpyro_pvmc.posterior.base import ChainPosterior, check_probabilities, derived, given
@@ -61,7 +61,7 @@ class ExactPosterior(ChainPosterior):
     :param covariances: ``{site: (T, *plates, D, D)}``.
     :param filtering_means: the same given the data up to each time only.
     :param filtering_covariances: the same given the data up to each time only.
-    :param backward: the law of the state at each time given that after it, from which :meth:`sample` draws.
+    :param backward: the distribution of the state at each time given that after it, from which :meth:`sample` draws.
     :param globals: the values of the global sites, by name.
     :param present: ``(T, *plates)``, false where a series is padded; ``None`` if none is.
     :param kind: what the chain is, ``"linear-Gaussian"``.
@@ -201,8 +201,9 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
     for name, is_partly_masked in partly.items():
         if not is_traced(is_partly_masked) and is_partly_masked:
             raise ValueError(
-                f"Latent site '{name}' is masked while other elements of the same point of its series are not: an element "
-                "without a law has no posterior. Put all latent sites of the step under one mask, which leaves out whole steps."
+                f"Latent site '{name}' is masked while other elements of the same time step of its series are not: an element "
+                "without a distribution has no posterior. Put all latent sites of the step under one mask, which leaves out "
+                "whole steps."
             )
     if not is_traced(posterior):
         _check_numbers(posterior)
@@ -232,7 +233,7 @@ def _check_numbers(posterior):
 
 
 @for_each_model(static_argnum=1, name="the exact posterior")
-@precise
+@full_precision
 def _condition(model, structure, arguments, params):
     """The posterior, without model and arguments, and which latent sites are masked in part."""
     chain = read_chain(structure, model, arguments, params)
@@ -261,7 +262,7 @@ def _condition(model, structure, arguments, params):
 
 
 @for_each_model(static_argnum=1, name="the exact posterior")
-@precise
+@full_precision
 def _sum(model, structure, arguments, params):
     """The posterior of a chain with discrete states only, without model and arguments."""
     global_values = {name: params[name] for name in structure.global_sites}
@@ -279,7 +280,7 @@ def _variances(means, covariances):
 
 
 @for_each_model(static_argnum=3, name="draws from the posterior")
-@precise
+@full_precision
 def _sample(model, posterior, rng_key, sample_shape):
     (offset, _, _), structure = posterior.backward, posterior.structure
     key_noise, key_free = random.split(rng_key)

@@ -37,7 +37,7 @@ def initial_params(svi, key, *args, **kwargs):
 def pytest_addoption(parser):
     parser.addoption("--method", choices=("sequential", "blocked", "associative"), help='what `method="auto"` takes')
     parser.addoption("--accelerator", action="store_true", help="the ways that are taken on an accelerator, on this machine")
-    parser.addoption("--pair-by-pair", action="store_true", help="no densities put together from laws and values")
+    parser.addoption("--pair-by-pair", action="store_true", help="no densities put together from distributions and values")
 
 
 def pytest_configure(config):

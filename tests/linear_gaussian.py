@@ -1,4 +1,4 @@
-"""The linear-Gaussian experiment of the PVMC paper: its law, its data, and the same law as a NumPyro program.
+"""The linear-Gaussian experiment of the PVMC paper: its distribution, its data, and the same distribution as a NumPyro program.
 
 State and observation have 5 dimensions, x_0 ~ N(0, I), x_t = A x_{t-1} + N(0, I), y_t = x_t + N(0, I), with
 A_ij = 0.38^(|i - j| + 1); 500 transitions; y_0 is observed (Brady, Nüsken & Li, ICML 2026).
@@ -17,8 +17,8 @@ from oracles import LinearGaussian
 DIMENSION, TRANSITIONS, SERIES, DECAY = 5, 500, 16, 0.38
 
 
-def law(decay=DECAY):
-    """The oracles' form of the law."""
+def distribution(decay=DECAY):
+    """The oracles' form of the distribution."""
     one, distance = np.eye(DIMENSION), np.abs(np.subtract.outer(range(DIMENSION), range(DIMENSION)))
     return LinearGaussian(np.zeros(DIMENSION), one, decay ** (distance + 1.0), np.zeros(DIMENSION), one, one, one)
 

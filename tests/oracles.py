@@ -107,7 +107,7 @@ def log_gaussian(y, mean, covariance):
 
 
 def kalman_filter(model, y):
-    """log p(y) and the laws of x_t given y_0..y_t."""
+    """log p(y) and the distributions of x_t given y_0..y_t."""
     m_0, P_0, A, b, Q, C, R = model
     means, covariances, log_evidence = [], [], 0.0
     for t in range(len(y)):
@@ -123,7 +123,7 @@ def kalman_filter(model, y):
 
 
 def rts_smoother(model, y):
-    """log p(y) and the laws of x_t given all of y."""
+    """log p(y) and the distributions of x_t given all of y."""
     _, _, A, b, Q, _, _ = model
     log_evidence, means, covariances = kalman_filter(model, y)
     means, covariances = means.copy(), covariances.copy()
@@ -136,7 +136,7 @@ def rts_smoother(model, y):
 
 
 def forecast(model, y, horizon):
-    """The laws of x and of y at each of the `horizon` steps after the last row of y, given y: four arrays."""
+    """The distributions of x and of y at each of the `horizon` steps after the last row of y, given y: four arrays."""
     future = np.full((horizon, y.shape[1]), np.nan)
     _, means, covariances = kalman_filter(model, np.concatenate([y, future]))
     x_means, x_covariances = means[len(y) :], covariances[len(y) :]
@@ -144,7 +144,7 @@ def forecast(model, y, horizon):
 
 
 def dense_smoother(model, y):
-    """What `rts_smoother` returns, by conditioning the joint Gaussian law of (x_0..x_T, y_0..y_T) in one solve."""
+    """What `rts_smoother` returns, by conditioning the joint Gaussian distribution of (x_0..x_T, y_0..y_T) in one solve."""
     m_0, P_0, A, b, Q, C, R = model
     N, D = len(y), len(m_0)
     mean, covariance = [m_0], np.zeros((N, N, D, D))

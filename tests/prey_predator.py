@@ -1,4 +1,5 @@
-"""The prey-predator experiment of the PVMC paper under its true dynamics: simulation, and the law as a NumPyro program.
+"""The prey-predator experiment of the PVMC paper under its true dynamics: simulation, and the distribution as a NumPyro
+program.
 
 dx1 = (6 - 2 x2) x1 dt + 0.15 x1 dW1, dx2 = (4 x1 - 6) x2 dt + 0.15 x2 dW2, from x = (2, 5), by 256 Milstein steps of 3 / 256;
 Poisson observations with means 5 / (1 + exp(4 - f)), f = (5 x1, x1 x2) (Brady, Nüsken & Li, ICML 2026).

@@ -1,7 +1,7 @@
 """A seed in, a state-space program out: a NumPyro model, a guide that fits it, data.
 
-What is chosen is whatever a program may choose by the library's contract, and what is refused is not generated: laws, what
-reads what, the form of the carry, how the chain starts, inputs, emissions in the body and after it, plates, absent steps,
+What is chosen is whatever a program may choose by the library's contract, and what is refused is not generated: distributions,
+what reads what, the form of the carry, how the chain starts, inputs, emissions in the body and after it, plates, absent steps,
 parameters, global sites, and how the guide is written.
 """
 
@@ -18,7 +18,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_pvmc import markov
-from random_laws import DOMAINS, EMISSIONS
+from random_distributions import DOMAINS, EMISSIONS
 
 POSITIVE = dist.constraints.positive
 NONLINEAR = {"linear": lambda x: x, "tanh": jnp.tanh, "sin": jnp.sin, "square": lambda x: jnp.clip(0.3 * x**2, -2, 2)}
@@ -103,7 +103,7 @@ class Map(NamedTuple):
 class Site(NamedTuple):
     name: str
     domain: str
-    law: str
+    distribution: str
     mean: Map
     scale: float
     scale_reads: bool  # the scale moves with the mean
@@ -113,7 +113,7 @@ class Site(NamedTuple):
         scale = self.scale * jnp.asarray(factor)
         if self.scale_reads:
             scale = scale * jnp.exp(0.3 * jnp.tanh(mean.sum(-1)))
-        return DOMAINS[self.domain].laws[self.law](mean, jnp.broadcast_to(scale, mean.shape[:-1]))
+        return DOMAINS[self.domain].distributions[self.distribution](mean, jnp.broadcast_to(scale, mean.shape[:-1]))
 
 
 class Leaf(NamedTuple):
@@ -300,8 +300,8 @@ class _Writer:
         self.summed += [f"{name}_0" for name in self.summed if f"{name}_0" in self.domain_of]
         self.first_emission = None
         if self.initials and c.chance("the start is observed", 0.3):
-            law = c.pick("law of what is observed of the start", ("Normal", "Poisson", "Normal to_event"))
-            self.first_emission = law, self.map(list(widths), widths, EMISSIONS[law].width)
+            distribution = c.pick("distribution of what is observed of the start", ("Normal", "Poisson", "Normal to_event"))
+            self.first_emission = distribution, self.map(list(widths), widths, EMISSIONS[distribution].width)
         if self.shifts and not any(how in ("constant", "other") for how, _ in self.start.values()):
             # Shift a leaf that is made of features.
             self.shifts = any(leaf.form != "raw" for leaf in self.leaves)
@@ -319,11 +319,11 @@ class _Writer:
 
     def site(self, name, domain, reads, widths):
         c = self.c
-        law = c.pick(f"law of {name}", tuple(DOMAINS[domain].laws))
+        distribution = c.pick(f"distribution of {name}", tuple(DOMAINS[domain].distributions))
         mean = self.map(reads, widths, DOMAINS[domain].width)
         scale_reads = bool(c.rng.random() < 0.2)
         c.made.append(f"{name} reads {'+'.join(reads) or 'nothing'} ({mean.form}{', in the scale too' if scale_reads else ''})")
-        return Site(name, domain, law, mean, float(c.rng.uniform(0.4, 0.9)), scale_reads)
+        return Site(name, domain, distribution, mean, float(c.rng.uniform(0.4, 0.9)), scale_reads)
 
     def choose_emissions(self):
         c = self.c
@@ -337,7 +337,7 @@ class _Writer:
         self.emissions = []
         for i in range(names):
             name = f"y{i}"
-            law = c.pick(f"law of {name}", tuple(EMISSIONS))
+            distribution = c.pick(f"distribution of {name}", tuple(EMISSIONS))
             reads = c.some(latent, at_least=1) + [w for w in clocks if c.rng.random() < 0.2]
             reads += previous if c.chance(f"{name} reads the state before", 0.2) else []
             sensors = c.chance(f"{name} has two sensors", 0.2)
@@ -345,18 +345,20 @@ class _Writer:
             scale = 0.5 if c.chance(f"{name} is scaled", 0.15) else None
             obs_mask = how == "NaN" and not sensors and not self.auto and c.chance(f"{name} has obs_mask", 0.5)
             self.emissions.append(
-                self.emission(name, law, reads, self.available, sensors, how == "NaN", scale) | {"obs_mask": obs_mask}
+                self.emission(name, distribution, reads, self.available, sensors, how == "NaN", scale) | {"obs_mask": obs_mask}
             )
         self.factor = self.map([*latent, *previous], self.available, 1) if c.chance("a factor", 0.1) else None
         self.later = None
         if where in ("after", "both"):
-            law = c.pick("law after the scan", tuple(EMISSIONS))
+            distribution = c.pick("distribution after the scan", tuple(EMISSIONS))
             shared = [s for s in latent if all(name in self.domain_of for name in (f"{s}_0",))]
             first = bool(shared) and c.chance("with the start in front", 0.4)
             reads = c.some(shared if first else latent, at_least=1)
             how = c.pick("after the scan", ("plate",) if self.auto else ("plain", "plate", "to_event")[: 3 - bool(self.batch)])
             masked = c.pick("after the scan is masked", ("no", "NaN"), (2, 1)) == "NaN"
-            later = self.emission("v", law, reads, self.available, False, masked and how != "to_event", None, int(first))
+            later = self.emission(
+                "v", distribution, reads, self.available, False, masked and how != "to_event", None, int(first)
+            )
             self.later = later | {"how": how, "first": first}
         self.output = c.pick(
             "outputs", ("dict", "tuple", "array") if self.later or self.deterministic != "none" else ("none", "dict")
@@ -364,9 +366,9 @@ class _Writer:
         if self.output == "array" and len(self.steps) == 2:
             self.output = "tuple"
 
-    def emission(self, name, law, reads, widths, sensors, masked, scale, extra=0):
+    def emission(self, name, distribution, reads, widths, sensors, masked, scale, extra=0):
         c = self.c
-        emission, spec = EMISSIONS[law], self.map(reads, widths, EMISSIONS[law].width)
+        emission, spec = EMISSIONS[distribution], self.map(reads, widths, EMISSIONS[distribution].width)
         shape = ((2,) if sensors else ()) + self.batch
         data = emission.data(c.rng, (self.T + extra, *shape, *emission.event))
         is_real = np.issubdtype(data.dtype, np.floating)
@@ -375,7 +377,15 @@ class _Writer:
             data = np.where(seen.reshape(*seen.shape, *(1,) * len(emission.event)), data, np.nan)
         gains = c.numbers(2, *(1,) * (len(self.batch) + 1), scale=1.0) if sensors else None
         c.made.append(f"{name} reads {'+'.join(reads)} ({spec.form})")
-        return {"name": name, "law": law, "mean": spec, "data": data, "seen": seen, "gains": gains, "scale": scale}
+        return {
+            "name": name,
+            "distribution": distribution,
+            "mean": spec,
+            "data": data,
+            "seen": seen,
+            "gains": gains,
+            "scale": scale,
+        }
 
     def choose_inputs(self):
         c = self.c
@@ -448,7 +458,7 @@ class _Writer:
         self.guide_reads_globals = bool(self.globals) and c.chance("the guide reads global sites", 0.3)
         for site in sites:
             domain = DOMAINS[site.domain]
-            law = c.pick(f"proposal of {site.name}", tuple(domain.laws))
+            distribution = c.pick(f"proposal of {site.name}", tuple(domain.distributions))
             is_step = site in self.steps
             batch = ((self.T,) if is_step else ()) + self.batch
             loc = c.numbers(*batch, domain.width)
@@ -462,7 +472,7 @@ class _Writer:
             if reads:
                 c.made.append(f"in the guide {site.name} reads {'+'.join(reads)}")
             spec = self.map(reads, widths, domain.width)._replace(bias=np.zeros(domain.width))
-            self.guide_sites.append((site.name, site.domain, law, loc, scale, spec, batch))
+            self.guide_sites.append((site.name, site.domain, distribution, loc, scale, spec, batch))
             if is_step or not site.name.endswith("w_0"):
                 widths[site.name] = domain.width
 
@@ -499,15 +509,15 @@ class _Writer:
             values["u"] = numpyro.sample("u", dist.Normal(jnp.array([0.1, -0.2]), 0.5))
         for name in ("slope", "noise"):
             how = getattr(self, name)
-            law = dist.Normal(0.6 + shift, 0.3) if name == "slope" else dist.LogNormal(shift, 0.2)
+            distribution = dist.Normal(0.6 + shift, 0.3) if name == "slope" else dist.LogNormal(shift, 0.2)
             if how == "param" and priors:
                 constraint = dist.constraints.real if name == "slope" else POSITIVE
                 values[name] = numpyro.param(name, jnp.asarray(0.7), constraint=constraint)
             elif how == "global":
-                values[name] = numpyro.sample(name, law)
+                values[name] = numpyro.sample(name, distribution)
             elif how == "global by series":
                 with within(plates):
-                    values[name] = numpyro.sample(name, law.expand(self.aligned))
+                    values[name] = numpyro.sample(name, distribution.expand(self.aligned))
         if self.global_observed and priors:
             numpyro.sample("z_obs", dist.Normal(values["slope"], 0.5), obs=0.7)
         return values
@@ -523,8 +533,8 @@ class _Writer:
                 first[site.name] = numpyro.sample(site.name, site(features, self.batch, 1.0, noise))
                 features[site.name] = DOMAINS[site.domain].feature(first[site.name])
             if self.first_emission:
-                law, mean = self.first_emission
-                numpyro.sample("y_first", EMISSIONS[law].law(mean(features, self.batch)), obs=data["y_first"])
+                distribution, mean = self.first_emission
+                numpyro.sample("y_first", EMISSIONS[distribution].distribution(mean(features, self.batch)), obs=data["y_first"])
         if self.deterministic in ("after the scan", "both") and first:
             numpyro.deterministic("d_0", sum(f.sum(-1) for f in features.values()))
 
@@ -649,13 +659,13 @@ class _Writer:
             if emission["scale"] is not None:
                 stack.enter_context(handlers.scale(scale=emission["scale"]))
             seen = here.get(f"seen_{emission['name']}")
-            law = EMISSIONS[emission["law"]].law(mean)
+            distribution = EMISSIONS[emission["distribution"]].distribution(mean)
             if seen is not None and emission["obs_mask"]:
-                numpyro.sample(emission["name"], law, obs=jnp.nan_to_num(obs), obs_mask=seen)
+                numpyro.sample(emission["name"], distribution, obs=jnp.nan_to_num(obs), obs_mask=seen)
                 return
             if seen is not None:
                 stack.enter_context(handlers.mask(mask=seen))
-            numpyro.sample(emission["name"], law, obs=obs)
+            numpyro.sample(emission["name"], distribution, obs=obs)
 
     def observe_later(self, data, plates, first, outputs):
         emission = self.later
@@ -666,7 +676,7 @@ class _Writer:
                 value = jnp.concatenate([first[f"{name}_0"][None], value])
             features[name] = DOMAINS[self.domain_of[name]].feature(value)
         rows = len(emission["data"])
-        law = EMISSIONS[emission["law"]].law(emission["mean"](features, (rows, *self.batch)))
+        distribution = EMISSIONS[emission["distribution"]].distribution(emission["mean"](features, (rows, *self.batch)))
         masks = [emission["seen"]] if emission["seen"] is not None else []
         if "present" in data:
             present = jnp.asarray(data["present"]).reshape(self.T, *(1,) * (len(self.batch) - len(self.aligned)), *self.aligned)
@@ -677,8 +687,8 @@ class _Writer:
             for mask in masks:
                 stack.enter_context(handlers.mask(mask=jnp.asarray(mask)))
             if emission["how"] == "to_event" and not masks:
-                law = law.to_event(1)
-            numpyro.sample("v", law, obs=data["v"])
+                distribution = distribution.to_event(1)
+            numpyro.sample("v", distribution, obs=data["v"])
 
     def guide(self, *args, **kwargs):
         plates = self.whole_plates() if self.guide_plates else []
@@ -686,14 +696,14 @@ class _Writer:
         shift = 0.1 * values["slope"] if self.guide_reads_globals and "slope" in values else 0.0
         features = {}
         with within(plates):
-            for name, domain, law, loc, scale, spec, batch in self.guide_sites:
+            for name, domain, distribution, loc, scale, spec, batch in self.guide_sites:
                 if f"loc_{name}" in self.params:
                     loc = numpyro.param(f"loc_{name}", jnp.zeros(loc.shape))
                     scale = numpyro.param(f"scale_{name}", jnp.ones(scale.shape), constraint=POSITIVE)
                 mean = jnp.asarray(loc) + spec(features, batch) + jnp.asarray(shift)[..., None]
                 time = numpyro.plate("time", self.T, dim=-1) if self.guide_time and len(batch) == 1 else None
                 with time or contextlib.nullcontext():
-                    value = numpyro.sample(name, DOMAINS[domain].laws[law](mean, jnp.asarray(scale)))
+                    value = numpyro.sample(name, DOMAINS[domain].distributions[distribution](mean, jnp.asarray(scale)))
                 features[name] = DOMAINS[domain].feature(value)
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from conftest import few_particles
-from linear_gaussian import guide, law, model, on_two_devices, simulate
+from linear_gaussian import distribution, guide, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO
 from numpyro_pvmc.ops.smoothing import log_normalizer, marginals
 
@@ -21,7 +21,7 @@ STEPS, SERIES, PARTICLES = 40, 4, 16
 
 @pytest.fixture
 def data():
-    return jnp.asarray(simulate(law(), STEPS, SERIES)[1], jnp.float32)
+    return jnp.asarray(simulate(distribution(), STEPS, SERIES)[1], jnp.float32)
 
 
 def between_devices(function, *args):

@@ -269,7 +269,7 @@ PROGRAMS = [
     (second_lag, r"`carry\[1\]` after a step depends on `carry\[0\]`.*second lag.*blocks of L steps"),
     (non_centred, r"\['eps'\] do not read the carry.*non-centred"),
     (loc_scale_reparam, r"\['x_decentered'\] do not read the carry.*LocScaleReparam"),
-    (delta_transition, "'x' of the scan has a `Delta` law.*noise"),
+    (delta_transition, "'x' of the scan has a `Delta` distribution.*noise"),
     (discrete, "'z' is discrete, and the guide does not sample it.*not finitely many.*Poisson"),
     (mixing_times, "'y' after the scan mixes times"),
     (lagged_rows, "'y' after the scan mixes times"),
@@ -280,7 +280,7 @@ PROGRAMS = [
     (changing_carry, r"starts with shapes \[\(\)\] and the step returns \[\(3,\)\]"),
     (lengths_differ, r"one leading time axis.*\[4, 5\]"),
     (python_if, "Python `if`.*Inside a step write `jnp.where`"),
-    (improper, "'x' of the scan has an `ImproperUniform` law.*proper one"),
+    (improper, "'x' of the scan has an `ImproperUniform` distribution.*proper one"),
     (too_small_a_plate, "'series' has 2 elements, fewer than its `subsample_size=5`"),
     (inputs_of_words, "inputs of `scan` must be arrays of numbers, but among them is a str"),
     (not_a_covariance, "log density of site 'x' is not a number, first at time 0"),
@@ -359,19 +359,19 @@ def test_guide_with_an_unknown_site():
 
 
 @pytest.mark.parametrize(
-    ("law", "message"),
+    ("distribution", "message"),
     [
         (dist.Normal(jnp.zeros(T + 1), 1.0), r"shape \(5,\).*leading time axis of 4"),
-        (dist.Normal(jnp.zeros(T), 1.0).to_event(1), "joint law over time"),
-        (dist.MultivariateNormal(jnp.zeros(T), jnp.eye(T)), "joint law over time"),
-        (dist.Delta(jnp.zeros(T)), "`Delta` law"),
+        (dist.Normal(jnp.zeros(T), 1.0).to_event(1), "joint distribution over time"),
+        (dist.MultivariateNormal(jnp.zeros(T), jnp.eye(T)), "joint distribution over time"),
+        (dist.Delta(jnp.zeros(T)), "`Delta` distribution"),
     ],
     ids=["wrong_length", "to_event_over_time", "multivariate", "delta"],
 )
-def test_guide_laws(law, message):
+def test_guide_distributions(distribution, message):
     def guide(y):
         numpyro.sample("x_0", dist.Normal(0.0, 1.0))
-        numpyro.sample("x", law)
+        numpyro.sample("x", distribution)
 
     with pytest.raises(ValueError, match=f"(?s)'x'.*{message}"):
         initialise(random_walk, guide)
@@ -388,14 +388,14 @@ def test_guide_laws(law, message):
     ],
     ids=["positive", "interval", "simplex", "counts", "number"],
 )
-def test_guide_whose_law_has_other_values(of_model, of_guide, message):
+def test_guide_whose_distribution_has_other_values(of_model, of_guide, message):
     def model(y):
         scan(lambda _, y_t: (numpyro.sample("x", of_model), None), of_model.sample(jax.random.key(0)), y)
 
     def guide(y):
         numpyro.sample("x", of_guide.expand((T,)))
 
-    with pytest.raises(ValueError, match=f"(?s)law of site 'x'.*{message}"):
+    with pytest.raises(ValueError, match=f"(?s)distribution of site 'x'.*{message}"):
         initialise(model, guide)
 
 
@@ -420,7 +420,7 @@ def test_automatic_guide_for_missing_counts(after):
 
 @pytest.mark.parametrize("guide", [AutoMultivariateNormal, pytest.param(AutoDelta, marks=pytest.mark.slow)])
 def test_joint_autoguides(guide):
-    with pytest.raises(ValueError, match=r"a `Delta` law.*independently at each time"):
+    with pytest.raises(ValueError, match=r"a `Delta` distribution.*independently at each time"):
         initialise(random_walk, guide(random_walk))
 
 
@@ -537,15 +537,17 @@ def test_observation_of_the_wrong_shape():
 
         scan(step, jnp.zeros(2), y)
 
-    with pytest.raises(ValueError, match=r"'y' is observed with a value of shape \(3,\), but its law has shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"'y' is observed with a value of shape \(3,\), but its distribution has shape \(2,\)"
+    ):
         initialise(model, None, jnp.zeros((T, 3)))
 
 
-def emitting(law):
+def emitting(distribution):
     def model(y):
         def step(x_prev, y_t):
             x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
-            numpyro.sample("y", law(x), obs=y_t)
+            numpyro.sample("y", distribution(x), obs=y_t)
             return x, x
 
         scan(step, 0.0, y)
@@ -566,7 +568,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize(
-    ("law", "value"),
+    ("distribution", "value"),
     [
         pytest.param(
             *one, id=name, marks=[pytest.mark.slow] * (name in ("fractions", "interval", "too_many", "two_of_two", "vector"))
@@ -574,11 +576,15 @@ IMPOSSIBLE = {
         for name, one in IMPOSSIBLE.items()
     ],
 )
-def test_data_that_their_law_cannot_have(law, value):
-    y = jnp.full((T, *law(0.0).event_shape), 0.5 if law(0.0).support is dist.constraints.unit_interval else 1.0)
-    with pytest.raises(ValueError, match=f"(?s)'y' contain .*{value}.*, which its law cannot have, first at time 2 .*mask"):
-        initialise(emitting(law), None, y.at[2].set(value))
-    initialise(emitting(law), None, y)
+def test_data_that_their_distribution_cannot_have(distribution, value):
+    y = jnp.full(
+        (T, *distribution(0.0).event_shape), 0.5 if distribution(0.0).support is dist.constraints.unit_interval else 1.0
+    )
+    with pytest.raises(
+        ValueError, match=f"(?s)'y' contain .*{value}.*, outside the support of its distribution, first at time 2 .*mask"
+    ):
+        initialise(emitting(distribution), None, y.at[2].set(value))
+    initialise(emitting(distribution), None, y)
 
 
 def test_data_outside_of_a_support_that_moves_are_not_refused():

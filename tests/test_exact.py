@@ -1,7 +1,7 @@
 """The exact posterior of linear-Gaussian programs, against NumPy; and what is refused.
 
 One oracle integrates the hand-written densities of a test program, which are quadratic. The others are Kalman's recursions, and
-the joint law of all states and observations in one solve.
+the joint distribution of all states and observations in one solve.
 """
 
 import jax
@@ -25,14 +25,15 @@ from oracles import LinearGaussian, dense_smoother, forecast, gaussian_integral,
 from programs import observations
 
 REFUSED = {
-    "deterministic_start": r"Site 'x' has a Normal law whose mean is not affine in the latent sites of the step before",
-    "two_sites": r"Site 'z' has a Normal law whose mean is not affine in the chain's latent sites",
+    "deterministic_start": r"Site 'x' has a Normal distribution whose mean is not affine in the latent sites of the step "
+    "before",
+    "two_sites": r"Site 'z' has a Normal distribution whose mean is not affine in the chain's latent sites",
     "global_sites": r"global sites \['slope', 'scale'\].*Give these in `params`, or with `numpyro.handlers.condition`",
-    "matrix": r"Site 'y' has a Normal law whose mean is not affine in the chain's latent sites",
-    "positive": r"Site 'x' has a Gamma law.*Use `PVMC.posterior`",
-    "after_the_scan": r"Site 'y' has a Normal law whose mean is not affine",
-    "after_the_scan_as_event": r"Site 'y' has a Normal law whose mean is not affine",
-    "factor": r"Site 'smoothness' has a Unit law",
+    "matrix": r"Site 'y' has a Normal distribution whose mean is not affine in the chain's latent sites",
+    "positive": r"Site 'x' has a Gamma distribution.*Use `PVMC.posterior`",
+    "after_the_scan": r"Site 'y' has a Normal distribution whose mean is not affine",
+    "after_the_scan_as_event": r"Site 'y' has a Normal distribution whose mean is not affine",
+    "factor": r"Site 'smoothness' has a Unit distribution",
 }
 GLOBALS = {"slope": 0.6, "scale": 0.7}
 VARIANTS = ("parameters", "no_inputs", "series", "padded", "autoregression_1", "after_the_scan_with_first", "conditioned")
@@ -100,11 +101,13 @@ def test_programs_that_are_refused(name, x64):
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        (models_blind.poisson_counts, (60,), "Site 'y' has a Poisson law"),
-        (models_blind.two_sites, (60,), "Site 'y' has a StudentT law"),
-        pytest.param(models_blind.tracking, (60, 2), "Site 'bearing' has a Normal law whose mean is not affine", marks=slow),
-        pytest.param(models_blind.epidemic, (60,), "Site 'state' has a Dirichlet law", marks=slow),
-        pytest.param(models_blind.constrained, (60, 2), "Site 'rate' has a Gamma law", marks=slow),
+        (models_blind.poisson_counts, (60,), "Site 'y' has a Poisson distribution"),
+        (models_blind.two_sites, (60,), "Site 'y' has a StudentT distribution"),
+        pytest.param(
+            models_blind.tracking, (60, 2), "Site 'bearing' has a Normal distribution whose mean is not affine", marks=slow
+        ),
+        pytest.param(models_blind.epidemic, (60,), "Site 'state' has a Dirichlet distribution", marks=slow),
+        pytest.param(models_blind.constrained, (60, 2), "Site 'rate' has a Gamma distribution", marks=slow),
     ],
 )
 def test_larger_programs_are_refused(model, shape, message, x64):
@@ -118,9 +121,11 @@ def test_a_panel_with_two_sites_a_step(x64):
     y = observations(60, 30)
     posterior = exact_posterior(models_blind.panel, {}, y)
     A, Q = np.array([[0.9, 0.0], [0.9, 0.98]]), np.array([[0.01, 0.01], [0.01, 0.1]])
-    law = LinearGaussian(np.zeros(2), np.diag([0.04, 1.0]), A, np.zeros(2), Q, np.array([[0.0, 1.0]]), 0.25 * np.eye(1))
+    distribution = LinearGaussian(
+        np.zeros(2), np.diag([0.04, 1.0]), A, np.zeros(2), Q, np.array([[0.0, 1.0]]), 0.25 * np.eye(1)
+    )
     for n in (0, 29):
-        expected = rts_smoother(law, unseen_start(y[:, n, None]))
+        expected = rts_smoother(distribution, unseen_start(y[:, n, None]))
         assert_allclose(posterior.log_normalizer[n], expected.log_evidence, rtol=1e-10)
         assert_allclose(posterior.mean()["slope"][:, n], expected.means[1:, 0], atol=1e-9)
         assert_allclose(posterior.mean()["level"][:, n], expected.means[1:, 1], atol=1e-9)
@@ -128,9 +133,9 @@ def test_a_panel_with_two_sites_a_step(x64):
 
 def test_a_level_in_the_thousands(tolerance):
     y = 1000.0 + 150.0 * observations(60)
-    law = scalar_law(a=1.0, q=1600.0, r=14400.0, m_0=1000.0, p_0=250000.0)
+    distribution = scalar_distribution(a=1.0, q=1600.0, r=14400.0, m_0=1000.0, p_0=250000.0)
     posterior = exact_posterior(models_blind.local_level, {}, y)
-    assert_equals(posterior, rts_smoother(law, unseen_start(y[:, None])), tolerance, start="level_0", site="level")
+    assert_equals(posterior, rts_smoother(distribution, unseen_start(y[:, None])), tolerance, start="level_0", site="level")
 
 
 @pytest.mark.slow
@@ -197,7 +202,7 @@ def unseen_start(y):
     return np.concatenate([np.full_like(y[:1], np.nan), y])
 
 
-def scalar_law(a=0.9, b=0.0, q=0.25, r=0.49, m_0=0.0, p_0=1.0):
+def scalar_distribution(a=0.9, b=0.0, q=0.25, r=0.49, m_0=0.0, p_0=1.0):
     one = np.eye(1)
     return LinearGaussian(np.full(1, m_0), p_0 * one, a * one, np.full(1, b), q * one, one, r * one)
 
@@ -215,10 +220,10 @@ def autoregression(y):
 def test_autoregression(length, tolerance):
     y = observations(length)
     posterior = exact_posterior(autoregression, {}, y)
-    expected = rts_smoother(scalar_law(), unseen_start(y[:, None]))
+    expected = rts_smoother(scalar_distribution(), unseen_start(y[:, None]))
     assert posterior.kind == "linear-Gaussian"
     assert_equals(posterior, expected, tolerance)
-    filtered = kalman_filter(scalar_law(), unseen_start(y[:, None]))
+    filtered = kalman_filter(scalar_distribution(), unseen_start(y[:, None]))
     assert_allclose(posterior.filtering_mean()["x"], filtered.means[1:, 0], atol=10 * tolerance)
     assert_allclose(posterior.filtering_variance()["x"], filtered.covariances[1:, 0, 0], rtol=10 * tolerance)
 
@@ -226,11 +231,11 @@ def test_autoregression(length, tolerance):
 @pytest.mark.slow
 @in_both_precisions
 def test_panel_of_vectors_whose_start_is_observed(tolerance):
-    x, y = linear_gaussian.simulate(linear_gaussian.law(), 12, 3)
+    x, y = linear_gaussian.simulate(linear_gaussian.distribution(), 12, 3)
     posterior = exact_posterior(linear_gaussian.model, {"decay": 0.3}, y)
     assert posterior.mean()["x"].shape == (12, 3, 5)
     for n in range(3):
-        assert_equals(posterior, dense_smoother(linear_gaussian.law(0.3), y[:, n]), tolerance, series=(n,))
+        assert_equals(posterior, dense_smoother(linear_gaussian.distribution(0.3), y[:, n]), tolerance, series=(n,))
 
 
 @pytest.mark.slow
@@ -280,7 +285,7 @@ def time_varying(m, P, A, Q, C, R, y):
 @pytest.mark.slow
 @in_both_precisions
 def test_time_varying_inputs_and_clocks(tolerance):
-    """All that may change with time does: slopes, shifts and noise of both laws, by inputs and by a clock."""
+    """All that may change with time does: slopes, shifts and noise of both distributions, by inputs and by a clock."""
     u, y = observations(6, seed=5), observations(6, seed=6)
 
     def model(u, y):
@@ -316,15 +321,15 @@ def test_deterministic_start(tolerance):
     def model(y):
         def step(x_prev, y_t):
             noise = jnp.array([[0.6, 0.0], [0.0, 0.0]])[:, :1]
-            law = dist.LowRankMultivariateNormal(jnp.asarray(A) @ x_prev, noise, jnp.array([0.1, 0.3]))
-            x = numpyro.sample("x", law)
+            distribution = dist.LowRankMultivariateNormal(jnp.asarray(A) @ x_prev, noise, jnp.array([0.1, 0.3]))
+            x = numpyro.sample("x", distribution)
             numpyro.sample("y", dist.Normal(x, 0.7).to_event(1), obs=y_t)
             return x, None
 
         scan(step, jnp.asarray(start), y)
 
-    law = LinearGaussian(start, 1e-14 * np.eye(2), A, np.zeros(2), np.diag([0.46, 0.3]), np.eye(2), 0.49 * np.eye(2))
-    assert_equals(exact_posterior(model, {}, y), dense_smoother(law, unseen_start(y)), tolerance)
+    distribution = LinearGaussian(start, 1e-14 * np.eye(2), A, np.zeros(2), np.diag([0.46, 0.3]), np.eye(2), 0.49 * np.eye(2))
+    assert_equals(exact_posterior(model, {}, y), dense_smoother(distribution, unseen_start(y)), tolerance)
 
 
 @in_both_precisions
@@ -352,7 +357,7 @@ def test_ragged_panel_with_holes_observed_after_the_scan(tolerance):
     posterior = exact_posterior(model, {}, y, present)
     assert posterior.log_normalizer.shape == (4,)
     for n in range(4):
-        expected = rts_smoother(scalar_law(b=0.2), unseen_start(y[: last[n] + 1, n, None] / 2))
+        expected = rts_smoother(scalar_distribution(b=0.2), unseen_start(y[: last[n] + 1, n, None] / 2))
         log_evidence = expected.log_evidence - np.log(2.0) * np.isfinite(y[:, n]).sum()
         assert_allclose(posterior.log_normalizer[n], log_evidence, rtol=tolerance)
         assert_allclose(posterior.mean()["x"][: last[n] + 1, n], expected.means[1:, 0], atol=10 * tolerance)
@@ -373,7 +378,7 @@ def test_emissions_with_time_in_the_event(tolerance):
         _, x = scan(step, x_0, None, length=4)
         numpyro.sample("y", dist.Normal(jnp.concatenate([x_0[None], x]), 0.7).to_event(1), obs=y)
 
-    assert_equals(exact_posterior(model, {}, y), dense_smoother(scalar_law(), y[:, None]), tolerance)
+    assert_equals(exact_posterior(model, {}, y), dense_smoother(scalar_distribution(), y[:, None]), tolerance)
 
 
 @pytest.mark.slow
@@ -396,7 +401,7 @@ def test_two_plates_and_series_that_differ(tolerance):
 
     posterior = exact_posterior(model, {}, y)
     for n in np.ndindex(2, 3):
-        expected = rts_smoother(scalar_law(a=slopes[n]), unseen_start(y[(slice(None), *n)][:, None]))
+        expected = rts_smoother(scalar_distribution(a=slopes[n]), unseen_start(y[(slice(None), *n)][:, None]))
         assert_equals(posterior, expected, tolerance, series=n)
 
 
@@ -413,7 +418,7 @@ def test_a_wide_prior_in_single_precision():
         scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1e3)), y)
 
     posterior = exact_posterior(model, {}, y)
-    expected = rts_smoother(scalar_law(a=1.0, q=1.0, p_0=1e6), unseen_start(y[:, None]))
+    expected = rts_smoother(scalar_distribution(a=1.0, q=1.0, p_0=1e6), unseen_start(y[:, None]))
     assert_allclose(posterior.log_normalizer, expected.log_evidence, atol=5e-3)
     assert_allclose(posterior.mean()["x"], expected.means[1:, 0], atol=5e-3)
 
@@ -428,7 +433,7 @@ def test_without_observations_it_is_the_forecast(x64):
         scan(step, numpyro.sample("x_0", dist.Normal(0.3, 1.0)), y, length=length)
 
     posterior = exact_posterior(model, {}, 5)
-    x_mean, x_covariance, _, y_covariance = forecast(scalar_law(m_0=0.3), np.full((1, 1), np.nan), 5)
+    x_mean, x_covariance, _, y_covariance = forecast(scalar_distribution(m_0=0.3), np.full((1, 1), np.nan), 5)
     assert_allclose(posterior.log_normalizer, 0.0, atol=1e-12)
     assert_allclose(posterior.mean()["x"], x_mean[:, 0])
     assert_allclose(posterior.variance()["x"], x_covariance[:, 0, 0])
@@ -459,11 +464,11 @@ def test_it_is_compiled_mapped_and_differentiated(x64):
 
     params = {"slope": jnp.array(0.8), "scale": jnp.array(0.5)}
     mapped = jax.jit(jax.vmap(log_evidence, (None, 0)))(params, jnp.asarray(ys))
-    laws = lambda slope, scale: scalar_law(a=slope, q=scale**2, p_0=0.0)
-    expected = [kalman_filter(laws(0.8, 0.5), unseen_start(y[:, None])).log_evidence for y in ys]
+    distributions = lambda slope, scale: scalar_distribution(a=slope, q=scale**2, p_0=0.0)
+    expected = [kalman_filter(distributions(0.8, 0.5), unseen_start(y[:, None])).log_evidence for y in ys]
     assert_allclose(mapped, expected, rtol=1e-9)
     gradient = jax.grad(log_evidence)(params, jnp.asarray(ys[1]))
-    by_hand = lambda *law: kalman_filter(laws(*law), unseen_start(ys[1][:, None])).log_evidence
+    by_hand = lambda *distribution: kalman_filter(distributions(*distribution), unseen_start(ys[1][:, None])).log_evidence
     step = 1e-5
     assert_allclose(gradient["slope"], (by_hand(0.8 + step, 0.5) - by_hand(0.8 - step, 0.5)) / (2 * step), rtol=1e-6)
     assert_allclose(gradient["scale"], (by_hand(0.8, 0.5 + step) - by_hand(0.8, 0.5 - step)) / (2 * step), rtol=1e-6)
@@ -556,12 +561,12 @@ def test_samples_have_the_shapes_of_the_model(x64):
 # --- refusals
 
 
-def chain(law=None, emission=None, carry=lambda x, x_prev: x, body=lambda x: None):
+def chain(distribution=None, emission=None, carry=lambda x, x_prev: x, body=lambda x: None):
     """A random walk with one thing changed."""
 
     def model(y):
         def step(x_prev, y_t):
-            x = numpyro.sample("x", law(x_prev) if law else dist.Normal(x_prev, 1.0))
+            x = numpyro.sample("x", distribution(x_prev) if distribution else dist.Normal(x_prev, 1.0))
             body(x)
             numpyro.sample("y", emission(x) if emission else dist.Normal(x, 1.0), obs=y_t)
             return carry(x, x_prev), None
@@ -571,19 +576,19 @@ def chain(law=None, emission=None, carry=lambda x, x_prev: x, body=lambda x: Non
     return model
 
 
-LAG = "Site 'x' has a Normal law whose mean is not affine in the latent sites of the step before"
-NOW = "Site 'y' has a Normal law whose mean is not affine in the chain's latent sites"
+LAG = "Site 'x' has a Normal distribution whose mean is not affine in the latent sites of the step before"
+NOW = "Site 'y' has a Normal distribution whose mean is not affine in the chain's latent sites"
 
 
 @pytest.mark.parametrize("traced", [False, pytest.param(True, marks=slow)])
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (chain(emission=dist.Poisson), "Site 'y' has a Poisson law"),
-        (chain(law=lambda x: dist.StudentT(4.0, x)), "Site 'x' has a StudentT law"),
-        (chain(emission=lambda x: dist.Normal(0.0, jnp.exp(x))), "Site 'y' has a Normal law whose covariance reads"),
-        (chain(law=lambda x: dist.Normal(x, 1.0 + x**2)), "Site 'x' has a Normal law whose covariance reads"),
-        (chain(law=lambda x: dist.Normal(jnp.sin(x), 1.0)), LAG),
+        (chain(emission=dist.Poisson), "Site 'y' has a Poisson distribution"),
+        (chain(distribution=lambda x: dist.StudentT(4.0, x)), "Site 'x' has a StudentT distribution"),
+        (chain(emission=lambda x: dist.Normal(0.0, jnp.exp(x))), "Site 'y' has a Normal distribution whose covariance reads"),
+        (chain(distribution=lambda x: dist.Normal(x, 1.0 + x**2)), "Site 'x' has a Normal distribution whose covariance reads"),
+        (chain(distribution=lambda x: dist.Normal(jnp.sin(x), 1.0)), LAG),
         (chain(carry=lambda x, _: x**3), LAG),
         (chain(emission=lambda x: dist.Normal(jnp.where(x > 1e6, 2 * x, x), 1.0)), NOW),
         (chain(emission=lambda x: dist.Normal(x + 1e-12 * x**2, 1.0)), NOW),
@@ -595,11 +600,11 @@ NOW = "Site 'y' has a Normal law whose mean is not affine in the chain's latent 
         (chain(emission=lambda x: dist.Normal(x + jnp.argsort(jnp.stack([x, jnp.array(1e6)]))[0], 1.0)), NOW),
         (chain(emission=lambda x: dist.Normal(x, 1.0).mask(x > 0)), "Site 'y' has a mask that reads"),
         (chain(body=lambda x: numpyro.sample("r", dist.Normal(0.0, 1.0), obs=1 - x)), "Site 'r' is observed at a value"),
-        (chain(body=lambda x: numpyro.factor("f", -(x**2))), "Site 'f' has a Unit law"),
+        (chain(body=lambda x: numpyro.factor("f", -(x**2))), "Site 'f' has a Unit distribution"),
         (chain(body=lambda x: numpyro.sample("r", dist.Normal(numpyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=0.3)),
-         "Site 'z' has a BernoulliProbs law"),
+         "Site 'z' has a BernoulliProbs distribution"),
         (chain(emission=lambda x: dist.MixtureSameFamily(dist.Categorical(jnp.ones(2) / 2), dist.Normal(x * jnp.ones(2), 1.0))),
-         "Site 'y' has a MixtureSameFamily law"),
+         "Site 'y' has a MixtureSameFamily distribution"),
         (handlers.scale(chain(), scale=2.0), "Site 'x' is scaled"),
     ],
 )  # fmt: skip

@@ -120,7 +120,7 @@ def test_kalman_is_the_dense_joint_gaussian(missing):
             assert_allclose(filtered.covariances[t], cut.covariances[t], rtol=1e-9, atol=1e-12)
 
 
-def test_a_forecast_is_the_dense_law_of_the_rows_to_come():
+def test_a_forecast_is_the_dense_distribution_of_the_rows_to_come():
     model, y, horizon = random_linear_gaussian(), observations((1,)), 3
     x_means, x_covariances, y_means, y_covariances = forecast(model, y, horizon)
     dense = dense_smoother(model, np.concatenate([y, np.full((horizon, 3), np.nan)]))
@@ -137,8 +137,8 @@ def test_kalman_evidence_by_numerical_integration():
     grid = np.linspace(-8, 8, 801)
     width = grid[1] - grid[0]
     step = stats.norm.pdf(grid, 0.8 * grid[:, None] + 0.1, 0.4**0.5) * width
-    law = stats.norm.pdf(grid, 0.3, 0.5**0.5) * width
+    distribution = stats.norm.pdf(grid, 0.3, 0.5**0.5) * width
     for row in y[1:]:
-        law = law @ step * stats.norm.pdf(row, 1.2 * grid, 0.6**0.5)
-    assert_allclose(kalman_filter(model, y).log_evidence, np.log(law.sum()), rtol=1e-9)
-    assert_allclose(kalman_filter(model, y).means[-1, 0], (law * grid).sum() / law.sum(), rtol=1e-9)
+        distribution = distribution @ step * stats.norm.pdf(row, 1.2 * grid, 0.6**0.5)
+    assert_allclose(kalman_filter(model, y).log_evidence, np.log(distribution.sum()), rtol=1e-9)
+    assert_allclose(kalman_filter(model, y).means[-1, 0], (distribution * grid).sum() / distribution.sum(), rtol=1e-9)

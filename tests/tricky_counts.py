@@ -31,37 +31,37 @@ TOTALS = {  # of NumPy or JAX, the count before, the clock and an input
 TOTAL_WEIGHTS = (4, 3, 1, 1, 1, 2, 1, 1, 1, 1, 1)
 
 
-class Law(NamedTuple):
+class Distribution(NamedTuple):
     """In NumPyro and in SciPy: functions of the total, a probability, a rate. `declared`: the largest count is by `infer`."""
 
-    law: Callable
+    distribution: Callable
     log_pmf: Callable
     declared: bool = False
 
 
 LAWS = {
-    "Binomial": Law(lambda n, p, rate: dist.Binomial(n, p), lambda k, n, p, rate: stats.binom.logpmf(k, n, p)),
-    "BetaBinomial": Law(
+    "Binomial": Distribution(lambda n, p, rate: dist.Binomial(n, p), lambda k, n, p, rate: stats.binom.logpmf(k, n, p)),
+    "BetaBinomial": Distribution(
         lambda n, p, rate: dist.BetaBinomial(2.0 * p + 0.5, 1.5, n),
         lambda k, n, p, rate: stats.betabinom.logpmf(k, n, 2.0 * p + 0.5, 1.5),
     ),
-    "DiscreteUniform": Law(
+    "DiscreteUniform": Distribution(
         lambda n, p, rate: dist.DiscreteUniform(0 * n, n), lambda k, n, p, rate: stats.randint.logpmf(k, 0, n + 1)
     ),
-    "Poisson": Law(lambda n, p, rate: dist.Poisson(rate), lambda k, n, p, rate: stats.poisson.logpmf(k, rate), True),
-    "Geometric": Law(
+    "Poisson": Distribution(lambda n, p, rate: dist.Poisson(rate), lambda k, n, p, rate: stats.poisson.logpmf(k, rate), True),
+    "Geometric": Distribution(
         lambda n, p, rate: dist.GeometricProbs(1 / (1 + rate)),
         lambda k, n, p, rate: stats.geom.logpmf(k + 1, 1 / (1 + rate)),
         True,
     ),
-    "NegativeBinomial": Law(
+    "NegativeBinomial": Distribution(
         lambda n, p, rate: dist.NegativeBinomial2(rate, 3.0),
         lambda k, n, p, rate: stats.nbinom.logpmf(k, 3.0, 3.0 / (3.0 + rate)),
         True,
     ),
 }
 LAW_WEIGHTS = (6, 1, 1, 2, 0.5, 0.5)
-UNIFORM_AROUND = Law(
+UNIFORM_AROUND = Distribution(
     lambda n, p, rate: dist.DiscreteUniform(jnp.maximum(n - 1, 0), n + 1),
     lambda k, n, p, rate: stats.randint.logpmf(k, np.maximum(n - 1, 0), n + 2),  # the grid begins at 0
 )
@@ -84,11 +84,11 @@ class Design(NamedTuple):
 
     T: int
     plates: tuple[int, ...]
-    law: Law
+    distribution: Distribution
     total: Callable
     most: int | None
     probability: str
-    recruits: Law | None
+    recruits: Distribution | None
     recruits_most: int | None
     start: str
     start_number: np.ndarray
@@ -114,7 +114,7 @@ def random_count(seed: int) -> Tricky:
     fault = "" if c.chance("legitimate", 0.65) else c.pick("what is wrong", WRONGS)
     plates = c.pick("series", {"1": (), "2": (2,)}, (3, 2))
     T = c.pick("T", (2, 3, 4), (1, 2, 1))
-    law, total = _moves(c, fault)
+    distribution, total = _moves(c, fault)
     has_rate = total is None or c.chance("a continuous site", 0.25)
     probabilities = ("constant", "reads the count") + ("reads x",) * has_rate
     adds = fault.startswith("recruits") or (not fault and c.chance("recruits", 0.3))
@@ -124,9 +124,9 @@ def random_count(seed: int) -> Tricky:
     design = Design(
         T=T,
         plates=plates,
-        law=law,
+        distribution=distribution,
         total=total,
-        most=_most(c, law, fault.startswith("Poisson")),
+        most=_most(c, distribution, fault.startswith("Poisson")),
         probability=c.pick("probability", probabilities),
         recruits=recruits,
         recruits_most=_most(c, recruits, fault.startswith("recruits")),
@@ -150,20 +150,20 @@ def random_count(seed: int) -> Tricky:
 
 
 def _moves(c, fault):
-    """The law of the counts, and the total that it takes of the state; None: of the continuous site."""
+    """The distribution of the counts, and the total that it takes of the state; None: of the continuous site."""
     if fault.startswith("Poisson"):
         return LAWS["Poisson"], TOTALS["n"]
     if fault.startswith("an interval"):
         return UNIFORM_AROUND, TOTALS["n"]
     if fault.startswith("the total"):
         return LAWS["Binomial"], None
-    law = LAWS["Binomial"] if fault else c.pick("n is", LAWS, LAW_WEIGHTS)
-    is_total_read = not law.declared and not fault.startswith("a start")
-    return law, c.pick("of", TOTALS, TOTAL_WEIGHTS) if is_total_read else TOTALS["n"]
+    distribution = LAWS["Binomial"] if fault else c.pick("n is", LAWS, LAW_WEIGHTS)
+    is_total_read = not distribution.declared and not fault.startswith("a start")
+    return distribution, c.pick("of", TOTALS, TOTAL_WEIGHTS) if is_total_read else TOTALS["n"]
 
 
-def _most(c, law, unknown):
-    if law is None or not law.declared or unknown:
+def _most(c, distribution, unknown):
+    if distribution is None or not distribution.declared or unknown:
         return None
     return c.pick("largest count", (4, 6))
 
@@ -185,10 +185,12 @@ def _model(design):
                     jnp.floor(3 * jnp.exp(0.3 * new_x)).astype(int) if design.total is None else design.total(jnp, n, t, u_t)
                 )
                 p, rate = design.probability_of(jnp, n, new_x), design.rate_of(jnp, n, new_x)
-                new = numpyro.sample("n", design.law.law(total, p, rate), infer=_infer(design.most))
+                new = numpyro.sample("n", design.distribution.distribution(total, p, rate), infer=_infer(design.most))
                 if design.recruits is not None:
                     rate = 0.7 + 0.0 * rate
-                    new = new + numpyro.sample("r", design.recruits.law(n, p, rate), infer=_infer(design.recruits_most))
+                    new = new + numpyro.sample(
+                        "r", design.recruits.distribution(n, p, rate), infer=_infer(design.recruits_most)
+                    )
                 new = new if jnp.issubdtype(new.dtype, jnp.integer) else new.astype(int)  # NumPyro draws some as floats
                 numpyro.sample("y", design.emission[0](new), obs=y_t)
             if not design.present.all():
@@ -235,7 +237,7 @@ def _log_step(design, t, s, x):
     n = GRID[:, None]
     total = n * 0 + int(np.floor(3 * np.exp(0.3 * x))) if design.total is None else design.total(np, n, t, design.u[(t, *s)])
     p, rate = design.probability_of(np, n, x), design.rate_of(np, n, x)
-    matrix = _up_to(design.law.log_pmf(GRID[None], total, p, rate), design.most)
+    matrix = _up_to(design.distribution.log_pmf(GRID[None], total, p, rate), design.most)
     if design.recruits is None:
         return matrix
     added = np.exp(_up_to(design.recruits.log_pmf(GRID, None, None, 0.7), design.recruits_most))

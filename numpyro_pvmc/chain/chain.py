@@ -1,8 +1,8 @@
 """Evaluate the Markov chain of a program, one particle and one step at a time.
 
-A chain is a beginning, `begin`, that gives the log density and the state of one particle of the initial sites; and a step,
+A chain is an initial step, `begin`, that gives the log density and the state of one particle of the initial sites; and a step,
 `step`, that gives for one particle before it and one after it the log density that reads both (*edge*), the log density that
-reads the particle after only (*node*), the new state and the outputs. A deterministic start is a beginning without sites.
+reads the particle after only (*node*), the new state and the outputs. A deterministic start is an initial step without sites.
 """
 
 import functools
@@ -76,7 +76,8 @@ def read_chain(
     :param gradient_scale: what the gradient of a site's log density is multiplied by, by name.
     :return: the chain.
     """
-    # Nothing here reads the chain's latent sites, so they may be drawn, from their own laws: a constant might lie outside.
+    # Nothing here reads the chain's latent sites, so they may be drawn, from their own distributions: a constant might lie
+    # outside.
     scan, outside = capture(model, arguments, values, structure)
     treedef = jax.tree.structure(scan.init)
     state, clocks = _split(structure, scan.init)
@@ -95,7 +96,7 @@ def read_chain(
 
 
 def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-    """The beginning of a chain, for one particle.
+    """The initial step of a chain, for one particle.
 
     :param chain: the chain.
     :param initial: values of the initial sites.

@@ -33,12 +33,12 @@ class Particles(NamedTuple):
         return numbers[0] if numbers else 1
 
 
-def target(chain: Chain, particles: Particles, put_together: bool = True) -> tuple[jax.Array, Edges]:
+def target(chain: Chain, particles: Particles, closed_form: bool = True) -> tuple[jax.Array, Edges]:
     """Log densities of the model at the particles.
 
     :param chain: the chain.
     :param particles: its particles.
-    :param put_together: whether blocks of pairs may be put together from laws and values
+    :param closed_form: whether blocks of pairs may be put together from distributions and values
         (:mod:`numpyro_pvmc.chain.pairwise`): faster, but without derivatives in forward mode.
     :return: the part that reads one particle, shape ``(T + 1, *plates, K)``; the part that reads two, a block ``(*plates, K,
         K)`` for each step. With sites that are summed over S joint values, a particle is K * S points: see
@@ -58,7 +58,7 @@ def target(chain: Chain, particles: Particles, put_together: bool = True) -> tup
     before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), first_state, states)
     if structure.parts:
         return log_p, edges_of_totals(chain, before, particles.number)
-    return log_p, _edges(chain, particles.number, (chain.inputs, before, particles.steps), put_together)
+    return log_p, _edges(chain, particles.number, (chain.inputs, before, particles.steps), closed_form)
 
 
 def _nodes(chain, ends, particles):
@@ -123,14 +123,15 @@ def _chain_of_totals(chain):
     return chain._replace(structure=structure._replace(node_factors=nodes, step_states=totals))
 
 
-def _edges(chain, number, inputs, put_together):
+def _edges(chain, number, inputs, closed_form):
     """Blocks of pairs.
 
-    Factors whose law reads what was before, and whose value is what comes after, are put together from J laws and K values,
-    which are evaluated for all steps beforehand; all other factors are evaluated at every pair, one step after the other.
+    Factors whose distribution reads what was before, and whose value is what comes after, are put together from J distributions
+    and K values, which are evaluated for all steps beforehand; all other factors are evaluated at every pair, one step after
+    the other.
     """
     structure = chain.structure
-    apart = _read_apart(chain, *jax.tree.map(lambda x: x[0], inputs)) if put_together else {}
+    apart = _read_apart(chain, *jax.tree.map(lambda x: x[0], inputs)) if closed_form else {}
     others = tuple(name for name in structure.edge_factors if name not in apart)
 
     def prepared(inputs):
@@ -149,9 +150,9 @@ def _edges(chain, number, inputs, put_together):
         ready = {}
         for name, (form, shared) in apart.items():
             here = of_one[name]
-            law = parameters[name] | {p: here.parameters[p][..., None] for p in shared}
+            distribution = parameters[name] | {p: here.parameters[p][..., None] for p in shared}
             value, log_volume = values[name]
-            ready[name] = form.prepare(law, value, here.mask), log_volume, here.scale
+            ready[name] = form.prepare(distribution, value, here.mask), log_volume, here.scale
         return ready
 
     def block(inputs):
@@ -164,8 +165,8 @@ def _edges(chain, number, inputs, put_together):
             # A chain may have no state: then no leaf says how many particles there are before.
             total = jax.vmap(to_all, in_axes=(0, None), out_axes=-2, axis_size=number)(before, latent)
         for name, (form, _) in apart.items():
-            laws_and_values, log_volume, scale = ready[name]
-            of_site = form.density(laws_and_values) + log_volume[..., None, :]
+            distributions_and_values, log_volume, scale = ready[name]
+            of_site = form.density(distributions_and_values) + log_volume[..., None, :]
             of_site = of_site if scale is None else scale * of_site
             total = total + with_gradient_scale(chain, name, of_site) / structure.scale
         return total
@@ -219,7 +220,7 @@ def with_states(structure: Structure, particles: Particles) -> Particles:
 
 
 def particles_of(structure: Structure, drawn: dict[str, jax.Array]) -> Particles:
-    """Sort draws by point.
+    """Sort draws by time step.
 
     :param structure: the structure of the chain.
     :param drawn: ``{site: (K, ...)}``.

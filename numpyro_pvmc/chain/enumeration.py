@@ -1,8 +1,8 @@
 """Enumerate the joint values of discrete sites, and sum over them.
 
-A point of the chain with K particles, and sites that are summed over S joint values, has K * S nodes: those of
-particle k are the ones from k * S to (k + 1) * S - 1. The beginning may have fewer joint values than a step, or more; what it
-lacks are points without weight.
+A time step of the chain with K particles, and sites that are summed over S joint values, has K * S nodes: those of
+particle k are the ones from k * S to (k + 1) * S - 1. The initial step may have fewer joint values than a step, or more; what
+it lacks are points without weight.
 """
 
 import itertools
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.semiring import logsumexp
 from numpyro_pvmc.program.structure import Structure, align
 
@@ -22,7 +22,8 @@ _MOST_BYTES = 1e9
 
 
 def number_of_states(structure: Structure) -> int:
-    """S, how many joint values the summed sites of one point have: those of the beginning or of a step, if these are more.
+    """S, how many joint values the summed sites of one time step have: those of the initial step or of a step, if these are
+    more.
 
     :param structure: the structure of the chain.
     :raises ValueError: if they are too many to sum over.
@@ -58,10 +59,10 @@ def check_size(structure: Structure, num_particles: int) -> None:
 
 
 def joint_values(structure: Structure, at_steps: bool) -> dict[str, np.ndarray]:
-    """All joint values of the summed sites of one point.
+    """All joint values of the summed sites of one time step.
 
     :param structure: the structure of the chain.
-    :param at_steps: whether the point is a step, or the beginning.
+    :param at_steps: whether the time step is a step, or the initial step.
     :return: ``{site: (S, *batch, *event)}``, the same for all series; the last value is repeated where there are fewer.
     """
     sites = structure.step_states if at_steps else structure.initial_states
@@ -91,7 +92,7 @@ def _totals(structure):
 
 
 def has_value(structure: Structure) -> np.ndarray:
-    """Which of the S joint values there are, at the beginning and at a step: shape ``(2, S)``.
+    """Which of the S joint values there are, at the initial step and at a step: shape ``(2, S)``.
 
     :param structure: the structure of the chain.
     """
@@ -100,7 +101,7 @@ def has_value(structure: Structure) -> np.ndarray:
 
 
 def values_of_numbers(structure: Structure, numbers: jax.Array) -> dict[str, jax.Array]:
-    """Values of the summed sites, given which of the S joint values each point has.
+    """Values of the summed sites, given which of the S joint values each time step has.
 
     :param structure: the structure of the chain.
     :param numbers: numbers from 0 to S - 1, shape ``(T + 1, ..., *plates)``.
@@ -138,7 +139,7 @@ def of_particles(structure: Structure, log_weights: jax.Array) -> jax.Array:
     return log_weights if number == 1 else logsumexp(log_weights.reshape(*log_weights.shape[:-1], -1, number), -1)
 
 
-@precise
+@full_precision
 def probabilities(structure: Structure, log_weights: jax.Array) -> dict[str, jax.Array]:
     """Probabilities of the values of each summed site.
 

@@ -14,7 +14,7 @@ from numpyro_pvmc.chain.faults import Flaws, any_of, at_point, first_place, flaw
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.compiled import BRIEFLY, for_each_model
 from numpyro_pvmc.program.handlers import log_prob
-from numpyro_pvmc.program.structure import Structure, per_series, time_rows, untidy
+from numpyro_pvmc.program.structure import Structure, from_canonical, per_series, time_rows
 
 
 class Weighted(Protocol):
@@ -41,7 +41,7 @@ class Weighted(Protocol):
 class Fault(NamedTuple):
     """Where the log density of a site is NaN or plus infinity at some particle, by row and series, and what may be the reason.
 
-    The rows are the last ones of the points of the chain from the initial step up to `last`.
+    The rows are the last ones of the time steps of the chain from the initial step up to `last`.
     """
 
     where: jax.Array
@@ -127,7 +127,7 @@ def _role(name, structure):
 
 def _values(posterior):
     structure = posterior.structure
-    native = {name: untidy(x, structure.sites[name], structure) for name, x in posterior.particles.items()}
+    native = {name: from_canonical(x, structure.sites[name], structure) for name, x in posterior.particles.items()}
     return posterior.params | posterior.globals, native
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
 
-from numpyro_pvmc.program.distributions import base_law
+from numpyro_pvmc.program.distributions import base_distribution
 from numpyro_pvmc.program.handlers import Site
 from numpyro_pvmc.program.structure import Structure
 
@@ -30,13 +30,13 @@ def flaws(site: Site) -> Flaws:
     :param site: a sample site.
     :return: whether any element of each is NaN, or none that the distribution can have.
     """
-    law = base_law(site["fn"])
-    while isinstance(law, dist.TransformedDistribution) and not law.arg_constraints:
-        law = base_law(law.base_dist)
-    given, found, matrix = vars(law), {}, None
-    if isinstance(law, dist.MultivariateNormal):
+    distribution = base_distribution(site["fn"])
+    while isinstance(distribution, dist.TransformedDistribution) and not distribution.arg_constraints:
+        distribution = base_distribution(distribution.base_dist)
+    given, found, matrix = vars(distribution), {}, None
+    if isinstance(distribution, dist.MultivariateNormal):
         matrix = given.get("covariance_matrix")
-    for name, constraint in law.arg_constraints.items():
+    for name, constraint in distribution.arg_constraints.items():
         value = given.get(name)
         # A root that NumPyro could not take is no fault of its own.
         if value is None or (name == "scale_tril" and matrix is not None):
@@ -44,7 +44,9 @@ def flaws(site: Site) -> Flaws:
         is_nan = jnp.isnan(value).any()
         found[f"its `{name}` is not a number"] = is_nan
         if not constraints.is_dependent(constraint) and name != "covariance_matrix":
-            words = "not positive" if constraint is constraints.positive else f"none that a {type(law).__name__} can have"
+            words = (
+                "not positive" if constraint is constraints.positive else f"none that a {type(distribution).__name__} can have"
+            )
             found[f"its `{name}` is {words}"] = ~is_nan & ~jnp.all(constraint(value))
     spectrum = jnp.full(2, jnp.nan)
     if matrix is not None:
@@ -95,7 +97,7 @@ def series(index: Sequence[int], structure: Structure) -> str:
 
 
 def at_point(number: int) -> str:
-    """Say which point of a chain is meant.
+    """Say which time step of a chain is meant.
 
     :param number: 0 for the initial step, t + 1 for time t of the scan.
     """

@@ -1,8 +1,8 @@
 """Read the matrices of a linear-Gaussian chain off its program, or name the site by which it has none.
 
-The program is asked, as any function. The laws of its sites must be Normal; the slopes of their means along the states must
-read no state, and are then the matrices; their covariances must not read the states either. A *state* is one vector for each
-series: the latent sites of a step one after the other; before the first step, those of the beginning.
+The program is asked, as any function. The distributions of its sites must be Normal; the slopes of their means along the states
+must read no state, and are then the matrices; their covariances must not read the states either. A *state* is one vector for
+each series: the latent sites of a step one after the other; before the first step, those of the initial step.
 """
 
 import itertools
@@ -22,11 +22,11 @@ from numpyro_pvmc.ops.kalman import Matrices, block_diagonal
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import WRAPPERS
 from numpyro_pvmc.program.handlers import Site
-from numpyro_pvmc.program.structure import Latent, Structure, tidy, untidy
+from numpyro_pvmc.program.structure import Latent, Structure, from_canonical, to_canonical
 
 
-class Law(NamedTuple):
-    """A Gaussian law of n numbers for each series, and the numbers. Those outside `mask` have no law."""
+class Distribution(NamedTuple):
+    """A Gaussian distribution of n numbers for each series, and the numbers. Those outside `mask` have no distribution."""
 
     mean: jax.Array  # (*plates, n)
     root: jax.Array  # (*plates, n, n), a square root of the covariance
@@ -35,7 +35,9 @@ class Law(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A law whose mean is `mean`, plus `lag` times the state before, plus `now` times the present one, of U numbers each."""
+    """A distribution whose mean is `mean`, plus `lag` times the state before, plus `now` times the present one, of U numbers
+    each.
+    """
 
     mean: jax.Array  # (*plates, n)
     lag: jax.Array  # (*plates, n, U)
@@ -52,16 +54,17 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
     :param model: a NumPyro program.
     :param arguments: what it is called with.
     :param values: values of parameters and of global sites.
-    :raises ValueError: naming the site whose law is another, or whose mean is not affine, or whose covariance reads the states.
+    :raises ValueError: naming the site whose distribution is another, or whose mean is not affine, or whose covariance reads
+        the states.
     """
 
     def means(states, arguments, values):
-        laws = _laws(read_chain(structure, model, arguments, values), states, states)
-        return {name: law.mean for name, law in laws.items()}
+        distributions = _distributions(read_chain(structure, model, arguments, values), states, states)
+        return {name: distribution.mean for name, distribution in distributions.items()}
 
     def slopes(parts):
-        laws = linearise(read_chain(structure, model, arguments, values), parts["states"])
-        return {name: law._asdict() for name, law in laws.items()}
+        distributions = linearise(read_chain(structure, model, arguments, values), parts["states"])
+        return {name: distribution._asdict() for name, distribution in distributions.items()}
 
     states = np.zeros(_shape(structure), jnp.result_type(float))
     try:
@@ -77,13 +80,13 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
     steps = changes_by_steps(lambda states: means(states, arguments, values), states)
     for name, read in reads.items():
         if read["root"]:
-            raise _refusal(name, "has a Normal law whose covariance reads the chain's latent sites")
+            raise _refusal(name, "has a Normal distribution whose covariance reads the chain's latent sites")
         if read["mask"]:
             raise _refusal(name, "has a mask that reads the chain's latent sites")
         if read["lag"]:
-            raise _refusal(name, "has a Normal law whose mean is not affine in the latent sites of the step before")
+            raise _refusal(name, "has a Normal distribution whose mean is not affine in the latent sites of the step before")
         if read["now"] or steps[name] or not follows[name]:
-            raise _refusal(name, "has a Normal law whose mean is not affine in the chain's latent sites")
+            raise _refusal(name, "has a Normal distribution whose mean is not affine in the chain's latent sites")
         if read["value"] and name not in structure.sites:
             raise _refusal(name, "is observed at a value that reads the chain's latent sites")
 
@@ -96,19 +99,19 @@ def _refusal(name, why):
 
 
 def linearise(chain: Chain, states: jax.Array) -> dict[str, Linear]:
-    """Laws of all sites of the chain, and the slopes of their means.
+    """Distributions of all sites of the chain, and the slopes of their means.
 
     :param chain: the chain.
     :param states: states, shape ``(T + 1, *plates, U)``, at which slopes are taken.
-    :return: the laws at each time, by name, with a leading time axis except for sites of the beginning.
+    :return: the distributions at each time, by name, with a leading time axis except for sites of the initial step.
     """
 
     def means(before, now):
-        laws = _laws(chain, before, now)
-        return {name: law.mean for name, law in laws.items()}, laws
+        distributions = _distributions(chain, before, now)
+        return {name: distribution.mean for name, distribution in distributions.items()}, distributions
 
     _, lag, _ = jax.linearize(lambda before: means(before, states), states, has_aux=True)
-    _, now, laws = jax.linearize(lambda now: means(states, now), states, has_aux=True)
+    _, now, distributions = jax.linearize(lambda now: means(states, now), states, has_aux=True)
 
     def along(direction):
         # One number of the state moves at all times and in all series at once: none of these reads another.
@@ -116,7 +119,10 @@ def linearise(chain: Chain, states: jax.Array) -> dict[str, Linear]:
         return lag(direction), now(direction)
 
     lags, nows = jax.vmap(along, out_axes=-1)(jnp.eye(states.shape[-1]))
-    return {name: Linear(law.mean, lags[name], nows[name], *law[1:]) for name, law in laws.items()}
+    return {
+        name: Linear(distribution.mean, lags[name], nows[name], *distribution[1:])
+        for name, distribution in distributions.items()
+    }
 
 
 def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Array]]:
@@ -125,7 +131,7 @@ def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Ar
     :param chain: a chain that has passed :func:`check_linear_gaussian`.
     :return: matrices, with axes ``(T + 1, *plates, ...)``, whose states begin with those of :func:`by_site`; where steps are
         present, shape ``(T, *plates)``, or ``None`` if they all are; which latent sites are masked in part: an element of
-        theirs has no law, and what is computed from the matrices is NaN.
+        theirs has no distribution, and what is computed from the matrices is NaN.
     """
     structure, shape = chain.structure, _shape(chain.structure)
     linear = linearise(chain, jnp.zeros(shape))
@@ -174,11 +180,11 @@ def native(states: jax.Array, structure: Structure) -> dict[str, jax.Array]:
     :return: ``{site: (T, ...)}``, without the time axis for initial sites.
     """
     tidied = by_site(states, structure)
-    return {name: untidy(tidied[name], site, structure).astype(site.dtype) for name, site in structure.sites.items()}
+    return {name: from_canonical(tidied[name], site, structure).astype(site.dtype) for name, site in structure.sites.items()}
 
 
 def _shape(structure):
-    """Shape of the states: a point with fewer numbers than another has spare ones that nothing reads."""
+    """Shape of the states: a time step with fewer numbers than another has spare ones that nothing reads."""
     sizes = [sum(_size(site, structure) for site in sites) for sites in (structure.initial_sites, structure.step_sites)]
     return structure.length + 1, *(plate.size for plate in structure.plates), max(sizes)
 
@@ -195,7 +201,7 @@ def _places(sites, structure):
 def _split(states, sites, structure):
     parts = {}
     for site, own in zip(sites, _places(sites, structure), strict=True):
-        event = tidy(np.empty(site.shape), site, structure).shape[len(structure.plates) :]
+        event = to_canonical(np.empty(site.shape), site, structure).shape[len(structure.plates) :]
         parts[site.name] = states[..., own].reshape(states.shape[:-1] + event)
     return parts
 
@@ -204,8 +210,10 @@ def _emissions(structure):
     return tuple(name for name in (*structure.edge_factors, *structure.node_factors) if name not in structure.step)
 
 
-def _laws(chain, before, now):
-    """Laws of all sites of the chain, given in one array the states before each step and in another the states there."""
+def _distributions(chain, before, now):
+    """Distributions of all sites of the chain, given in one array the states before each step and in another the states
+    there.
+    """
     structure = chain.structure
     before, now = native(before, structure), native(now, structure)
     pick = lambda values, sites: {name: values[name] for name in sites}
@@ -221,19 +229,19 @@ def _laws(chain, before, now):
 
     def at_step(inputs, state, latent):
         _, output, sites = sites_of_step(chain, inputs, state, latent)
-        return output, {name: _law(sites[name], structure) for name in (*structure.step, *_emissions(structure))}
+        return output, {name: _distribution(sites[name], structure) for name in (*structure.step, *_emissions(structure))}
 
-    outputs, laws = jax.vmap(at_step)(chain.inputs, states, pick(now, structure.step))
+    outputs, distributions = jax.vmap(at_step)(chain.inputs, states, pick(now, structure.step))
     _, sites = sites_at_start(chain, pick(now, structure.initial))
-    laws |= {name: _law(sites[name], structure) for name in (*structure.initial, *structure.initial_factors)}
+    distributions |= {name: _distribution(sites[name], structure) for name in (*structure.initial, *structure.initial_factors)}
     if structure.later_factors:
         sites = sites_after_scan(chain, pick(now, structure.initial), outputs)
-        laws |= {name: _law(sites[name], structure, leading=1) for name in structure.later_factors}
-    return laws
+        distributions |= {name: _distribution(sites[name], structure, leading=1) for name in structure.later_factors}
+    return distributions
 
 
-def _law(site: Site, structure: Structure, leading: int = 0) -> Law:
-    """The law of a site, with `leading` axes of time."""
+def _distribution(site: Site, structure: Structure, leading: int = 0) -> Distribution:
+    """The distribution of a site, with `leading` axes of time."""
     name, fn, shape, border = site["name"], site["fn"], site["fn"].shape(), len(site["fn"].batch_shape)
     if site["scale"] is not None:
         raise _refusal(name, "is scaled, by `numpyro.handlers.scale` or a subsampled plate")
@@ -252,13 +260,13 @@ def _law(site: Site, structure: Structure, leading: int = 0) -> Law:
     elif isinstance(fn, dist.LowRankMultivariateNormal):
         root = jnp.broadcast_to(jnp.linalg.cholesky(fn.covariance_matrix), (*shape, shape[-1]))
     else:
-        raise _refusal(name, f"has a {type(fn).__name__} law")
+        raise _refusal(name, f"has a {type(fn).__name__} distribution")
     # Time may be the first axis of the event.
     row = Latent(name, shape[leading : max(border, leading)], shape[max(border, leading) :], jnp.result_type(float))
 
     def flat(x):
         kept = x.ndim - len(row.shape) + len(structure.plates)
-        tidied = tidy(x, row, structure)
+        tidied = to_canonical(x, row, structure)
         return tidied.reshape(*tidied.shape[:kept], math.prod(tidied.shape[kept:]))
 
     mean, mask, value = (flat(jnp.broadcast_to(x, shape)) for x in (fn.mean, mask, site["value"]))
@@ -267,7 +275,7 @@ def _law(site: Site, structure: Structure, leading: int = 0) -> Law:
     root = jnp.moveaxis(root.reshape(*root.shape[:-1], size // block, block), 0, -1)
     # [..., block, row, column] becomes [..., block, row, block, column], zero between one block and another.
     root = (root[..., None, :] * jnp.eye(size // block)[:, None, :, None]).reshape(*mean.shape, size)
-    return Law(mean.astype(row.dtype), root.astype(row.dtype), mask, value.astype(row.dtype))
+    return Distribution(mean.astype(row.dtype), root.astype(row.dtype), mask, value.astype(row.dtype))
 
 
 def _transition(linear, structure, present):
@@ -275,11 +283,11 @@ def _transition(linear, structure, present):
     plates, width = present.shape[1:], _shape(structure)[-1]
 
     def solved(names, leading):
-        law = _join([linear[name] for name in names], (*leading, *plates), width)
-        size = law.mean.shape[-1]
+        distribution = _join([linear[name] for name in names], (*leading, *plates), width)
+        size = distribution.mean.shape[-1]
         # A site may read those before it: x = mean + lag x_before + now x + noise, and `now` is strictly lower triangular.
-        own = jnp.eye(size) - law.now[..., :size]
-        right = jnp.concatenate([law.lag, law.mean[..., None], law.root], -1)
+        own = jnp.eye(size) - distribution.now[..., :size]
+        right = jnp.concatenate([distribution.lag, distribution.mean[..., None], distribution.root], -1)
         right = lax.linalg.triangular_solve(own, right, left_side=True, lower=True, unit_diagonal=True)
         right = _padded(right, width - size, -2)
         # Spare numbers are independent noise, so that no covariance is singular.
@@ -309,36 +317,36 @@ def _with_lag(F, c, root, present):
 def _emission(linear, structure, is_lagged):
     """H, d, the root of R, and y."""
     _, *plates, width = _shape(structure)
-    beginning = _join([linear[name] for name in structure.initial_factors], plates, width)
+    initial = _join([linear[name] for name in structure.initial_factors], plates, width)
     body = _join([linear[name] for name in _emissions(structure)], (structure.length, *plates), width)
-    size = max(beginning.mean.shape[-1], body.mean.shape[-1], 1)
-    beginning, body = _fill(beginning, size), _fill(body, size)
-    laws = [jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), beginning, body)]
+    size = max(initial.mean.shape[-1], body.mean.shape[-1], 1)
+    initial, body = _fill(initial, size), _fill(body, size)
+    distributions = [jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, body)]
     for name in structure.later_factors:
-        # Of T rows there is none for the beginning.
+        # Of T rows there is none for the initial step.
         missing = structure.length + 1 - len(linear[name].mean)
-        laws.append(jax.tree.map(lambda x, n=missing: jnp.pad(x, [(n, 0)] + [(0, 0)] * (x.ndim - 1)), linear[name]))
-    law = _join(laws, (structure.length + 1, *plates), width)
-    H = jnp.concatenate([law.now, law.lag], -1) if is_lagged else law.now
+        distributions.append(jax.tree.map(lambda x, n=missing: jnp.pad(x, [(n, 0)] + [(0, 0)] * (x.ndim - 1)), linear[name]))
+    distribution = _join(distributions, (structure.length + 1, *plates), width)
+    H = jnp.concatenate([distribution.now, distribution.lag], -1) if is_lagged else distribution.now
     # The data are in d, where a NaN under no mask stays one: in y it means that there is nothing.
-    return H, law.mean - law.value, law.root, jnp.where(law.mask, 0.0, jnp.nan)
+    return H, distribution.mean - distribution.value, distribution.root, jnp.where(distribution.mask, 0.0, jnp.nan)
 
 
-def _join(laws, shape, width):
-    """Laws one after the other."""
+def _join(distributions, shape, width):
+    """Distributions one after the other."""
     empty = lambda *ends: jnp.zeros((*shape, 0, *ends))
     none = Linear(empty(), empty(width), empty(width), empty(0), empty().astype(bool), empty())
-    mean, lag, now, root, mask, value = zip(none, *laws, strict=True)
+    mean, lag, now, root, mask, value = zip(none, *distributions, strict=True)
     join = jnp.concatenate
     return Linear(join(mean, -1), join(lag, -2), join(now, -2), block_diagonal(root), join(mask, -1), join(value, -1))
 
 
-def _fill(law, size):
-    """A law of `size` numbers, of which those added are masked."""
-    added = size - law.mean.shape[-1]
-    mean, mask, value = (_padded(x, added, -1) for x in (law.mean, law.mask, law.value))
-    lag, now = (_padded(x, added, -2) for x in (law.lag, law.now))
-    return Linear(mean, lag, now, _padded(_padded(law.root, added, -2), added, -1), mask, value)
+def _fill(distribution, size):
+    """A distribution of `size` numbers, of which those added are masked."""
+    added = size - distribution.mean.shape[-1]
+    mean, mask, value = (_padded(x, added, -1) for x in (distribution.mean, distribution.mask, distribution.value))
+    lag, now = (_padded(x, added, -2) for x in (distribution.lag, distribution.now))
+    return Linear(mean, lag, now, _padded(_padded(distribution.root, added, -2), added, -1), mask, value)
 
 
 def _padded(x, added, axis):

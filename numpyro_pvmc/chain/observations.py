@@ -10,8 +10,8 @@ from numpyro_pvmc.program.distributions import mask_of
 def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
     """What a chain observes, by step: the elements of its observed sites one after the other, E of them.
 
-    The observations of the first row are those made at the chain's beginning. If they have as many elements as those of a step
-    they are taken to be of the same kind, and otherwise have elements of their own.
+    The observations of the first row are those made at the chain's initial step. If they have as many elements as those of a
+    step they are taken to be of the same kind, and otherwise have elements of their own.
 
     :param chain: the chain.
     :return: values, of shape ``(T + 1, *plates, E)``, zero where there are none; and where there are some: not masked, and
@@ -30,8 +30,8 @@ def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
         rows = _elements(chain.outside[name], structure, 1)
         parts.append(absent(rows) if len(rows[0]) == structure.length else rows)
     values, present = _join(parts, (structure.length + 1, *plates))
-    beginning = [_elements(chain.outside[name], structure, 0) for name in structure.initial_factors]
-    first_values, first_present = _join(beginning, plates)
+    initial = [_elements(chain.outside[name], structure, 0) for name in structure.initial_factors]
+    first_values, first_present = _join(initial, plates)
     if first_values.shape[-1] == values.shape[-1] and not structure.later_factors:
         return values.at[0].set(first_values), present.at[0].set(first_present)
     rest = lambda x: jnp.zeros((structure.length, *x.shape), x.dtype)

@@ -1,12 +1,12 @@
 """Evaluate the log density of every pair of neighbouring particles.
 
-The transition of a chain is asked for at every pair of J particles before and K after. Its law takes J evaluations of the
-model, the values K; what is left for the pairs is an elementary function of the two. A generic log density, mapped over both,
-computes the same with its event axes last, where a sum over them is slow; here the particles are the last two axes.
+The transition of a chain is asked for at every pair of J particles before and K after. Its distribution takes J evaluations of
+the model, the values K; what is left for the pairs is an elementary function of the two. A generic log density, mapped over
+both, computes the same with its event axes last, where a sum over them is slow; here the particles are the last two axes.
 
-Laws without a form of their own are left to the generic way. One line registers a law of single numbers::
+Distributions without a form of their own are left to the generic way. One line registers a distribution of single numbers::
 
-    pair_form.register(MyLaw, lambda law: univariate(law, lambda x, loc: ...))
+    pair_form.register(MyDistribution, lambda distribution: univariate(distribution, lambda x, loc: ...))
 """
 
 import functools
@@ -20,7 +20,7 @@ import numpyro.distributions as dist
 from jax import lax
 from numpyro.distributions.transforms import Transform
 
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.program.distributions import WRAPPERS, mask_of
 from numpyro_pvmc.program.handlers import Site
 from numpyro_pvmc.program.structure import Structure
@@ -51,10 +51,10 @@ _BY_BROADCASTING = (
 class PairForm(NamedTuple):
     """How to compute the log densities of pairs.
 
-    `parameters` are those of a law, and broadcast to its shape ``(*batch, *event)``; they may have further axes at the end.
-    ``prepare(parameters, value, mask)`` does what takes time J or K, for parameters of shape ``(*plates, n, ..., J)``, with 1
-    in place of J where they are the same for all, a value ``(*plates, n, K)``, and a mask ``(*plates, n, 1)`` or ``None``.
-    ``density(prepared)`` has shape ``(*plates, J, K)``.
+    `parameters` are those of a distribution, and broadcast to its shape ``(*batch, *event)``; they may have further axes at the
+    end. ``prepare(parameters, value, mask)`` does what takes time J or K, for parameters of shape ``(*plates, n, ..., J)``,
+    with 1 in place of J where they are the same for all, a value ``(*plates, n, K)``, and a mask ``(*plates, n, 1)`` or
+    ``None``. ``density(prepared)`` has shape ``(*plates, J, K)``.
     """
 
     parameters: dict[str, jax.Array]
@@ -73,22 +73,22 @@ class Pair(NamedTuple):
 
 
 @functools.singledispatch
-def pair_form(law: dist.Distribution) -> PairForm | None:
-    """How to compute the log densities of pairs under a law, if there is a better way than the generic one.
+def pair_form(distribution: dist.Distribution) -> PairForm | None:
+    """How to compute the log densities of pairs under a distribution, if there is a better way than the generic one.
 
-    :param law: a law, without wrappers.
+    :param distribution: a distribution, without wrappers.
     """
-    if type(law) not in _BY_BROADCASTING:
+    if type(distribution) not in _BY_BROADCASTING:
         return None
     # With NumPyro's validation on, the density of what lies outside the support is zero.
-    again = functools.partial(type(law), validate_args=law._validate_args)
-    return univariate(law, lambda value, **parameters: again(**parameters).log_prob(value))
+    again = functools.partial(type(distribution), validate_args=distribution._validate_args)
+    return univariate(distribution, lambda value, **parameters: again(**parameters).log_prob(value))
 
 
-def univariate(law: dist.Distribution, log_density: Callable[..., jax.Array]) -> PairForm:
-    """The form of a law of single numbers.
+def univariate(distribution: dist.Distribution, log_density: Callable[..., jax.Array]) -> PairForm:
+    """The form of a distribution of single numbers.
 
-    :param law: a law whose parameters all have its batch shape.
+    :param distribution: a distribution whose parameters all have its batch shape.
     :param log_density: takes a value, and the parameters by name, and works by broadcasting.
     """
 
@@ -97,28 +97,28 @@ def univariate(law: dist.Distribution, log_density: Callable[..., jax.Array]) ->
         terms = log_density(value[..., None, :], **{name: x[..., :, None] for name, x in parameters.items()})
         return terms if mask is None else jnp.where(mask[..., None], terms, 0.0)
 
-    parameters = {name: getattr(law, name) for name in type(law).arg_constraints}
+    parameters = {name: getattr(distribution, name) for name in type(distribution).arg_constraints}
     return PairForm(parameters, lambda *parts: parts, lambda parts: _sum_over_components(of_component, parts))
 
 
 @pair_form.register
-def _(law: dist.Normal):
+def _(distribution: dist.Normal):
     def prepare(parameters, value, mask):
         loc, scale = parameters["loc"], parameters["scale"]
         return _standardised(loc, 1 / scale, value, jnp.log(scale), mask)
 
-    return PairForm({"loc": law.loc, "scale": law.scale}, prepare, _normal)
+    return PairForm({"loc": distribution.loc, "scale": distribution.scale}, prepare, _normal)
 
 
 @pair_form.register
-def _(law: dist.MultivariateNormal):
-    return _multivariate_normal(law.loc, law.scale_tril)
+def _(distribution: dist.MultivariateNormal):
+    return _multivariate_normal(distribution.loc, distribution.scale_tril)
 
 
 @pair_form.register
-@precise
-def _(law: dist.LowRankMultivariateNormal):
-    return _multivariate_normal(law.loc, jnp.linalg.cholesky(law.covariance_matrix))
+@full_precision
+def _(distribution: dist.LowRankMultivariateNormal):
+    return _multivariate_normal(distribution.loc, jnp.linalg.cholesky(distribution.covariance_matrix))
 
 
 def _multivariate_normal(loc, tril):
@@ -206,7 +206,7 @@ def _squares(loc, rate, value):
     return _sum_over_components(of_component, (loc, rate, value))
 
 
-@precise
+@full_precision
 def _pull_back_squares(kept, cotangent):
     """The derivative by `loc` and `value` is linear in distances, and so may be expanded into matrix products.
 
@@ -252,26 +252,30 @@ def read_pair(site: Site, structure: Structure) -> tuple[Pair, PairForm] | None:
     fn, shape, value = site["fn"], site["fn"].shape(), site["value"]
     if site["scale"] is not None and jnp.ndim(site["scale"]):
         return None
-    law = fn
-    while isinstance(law, dist.MaskedDistribution | dist.ExpandedDistribution):
-        law = law.base_dist
+    distribution = fn
+    while isinstance(distribution, dist.MaskedDistribution | dist.ExpandedDistribution):
+        distribution = distribution.base_dist
     log_volume, value = jnp.zeros(()), jnp.broadcast_to(value, shape)
     while True:
-        if isinstance(law, dist.MaskedDistribution):
+        if isinstance(distribution, dist.MaskedDistribution):
             return None  # a mask inside of an event
-        form = pair_form(law)
-        if isinstance(law, WRAPPERS):
-            law = law.base_dist
-        elif form is None and isinstance(law, dist.TransformedDistribution) and all(map(_is_elementwise, law.transforms)):
-            for transform in reversed(law.transforms):
+        form = pair_form(distribution)
+        if isinstance(distribution, WRAPPERS):
+            distribution = distribution.base_dist
+        elif (
+            form is None
+            and isinstance(distribution, dist.TransformedDistribution)
+            and all(map(_is_elementwise, distribution.transforms))
+        ):
+            for transform in reversed(distribution.transforms):
                 before = transform.inv(value)
                 log_volume, value = log_volume - transform.log_abs_det_jacobian(before, value), before
-            law = law.base_dist
+            distribution = distribution.base_dist
         else:
             break
     outside = jnp.isnan(value) & ~jnp.isnan(site["value"])  # of what the transforms reach
     log_volume, value = jnp.where(outside, -jnp.inf, log_volume), jnp.where(outside, 0.0, value)
-    mask, event = mask_of(site), len(law.event_shape)
+    mask, event = mask_of(site), len(distribution.event_shape)
     if form is None or (event and math.prod(shape) != math.prod(plate.size for plate in structure.plates) * shape[-1]):
         return None
     plates = [len(fn.batch_shape) + plate.dim for plate in structure.plates]

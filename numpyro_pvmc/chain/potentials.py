@@ -1,15 +1,15 @@
 """Weigh particles on a chain.
 
-K particles are drawn from the guide at each point of the chain: point 0 is the beginning, points 1 to T the steps of the
-scan. With the proposal q_t and `log K` for each proposed step, and lower indices for the particles,
+K particles are drawn from the guide at each time step of the chain: time step 0 is the initial step, time steps 1 to T the
+steps of the scan. With the proposal q_t and `log K` for each proposed step, and lower indices for the particles,
 
     node[0, k] = log p(x_0^k) + log p(y_0 | x_0^k) - log q_0(x_0^k) - log K
     node[t, k] = log p(y_t | x_t^k)                - log q_t(x_t^k) - log K
     edge[t, j, k] = log p(x_t^k | x_{t-1}^j)
 
 (an emission that reads the previous state belongs to the edge; a latent site that does not, to the node). A deterministic
-start is a point of K equal particles, each of weight 1 / K. Discrete sites that the guide leaves out are summed: each particle
-stands at all their joint values, see :mod:`numpyro_pvmc.chain.enumeration`.
+start is a time step of K equal particles, each of weight 1 / K. Discrete sites that the guide leaves out are summed: each
+particle stands at all their joint values, see :mod:`numpyro_pvmc.chain.enumeration`.
 """
 
 import math
@@ -28,7 +28,7 @@ from numpyro_pvmc.ops.smoothing import Edges
 
 
 class ChainPotentials(NamedTuple):
-    """Particles at every point of a chain, and its potentials: arguments of :mod:`numpyro_pvmc.ops.smoothing`.
+    """Particles at every time step of a chain, and its potentials: arguments of :mod:`numpyro_pvmc.ops.smoothing`.
 
     With sites that are summed over S joint values, the potentials have K * S points.
 
@@ -57,9 +57,9 @@ def chain_potentials(
 
     :param chain: the chain.
     :param particles: its particles.
-    :param log_q: log densities of the law they were drawn from, shape ``(T + 1, *plates, K)``.
+    :param log_q: log densities of the distribution they were drawn from, shape ``(T + 1, *plates, K)``.
     :param present: where the chain is present, if it is not everywhere.
-    :param log_q_globals: log density of the global sites of `chain` under the law they were drawn from.
+    :param log_q_globals: log density of the global sites of `chain` under the distribution they were drawn from.
     :param mutable: mutable state of what drew them.
     """
     of_globals = {name: chain.values[name] for name in chain.structure.global_sites}
@@ -88,7 +88,7 @@ def weigh(
 
     :param chain: the chain.
     :param particles: its particles.
-    :param log_q: log densities of the law they were drawn from, shape ``(T + 1, *plates, K)``.
+    :param log_q: log densities of the distribution they were drawn from, shape ``(T + 1, *plates, K)``.
     :param present: where the chain is present, if it is not everywhere.
     :return: nodes, edges, mask: arguments of :mod:`numpyro_pvmc.ops.smoothing`.
     """

@@ -13,7 +13,7 @@ from numpyro_pvmc.program.analysis import analyse
 from numpyro_pvmc.program.arguments import Arguments, Held, signature
 from numpyro_pvmc.program.compiled import ForEachModel, constants, digest
 from numpyro_pvmc.program.counts import list_values
-from numpyro_pvmc.program.distributions import base_law
+from numpyro_pvmc.program.distributions import base_distribution
 from numpyro_pvmc.program.find_chain import first, length_of, stacked_zeros
 from numpyro_pvmc.program.handlers import batch_shapes, log_prob, run, run_body
 from numpyro_pvmc.program.independence import check_independence
@@ -105,7 +105,7 @@ def _fingerprint(model, arguments, values):
             plates = tuple((frame.name, frame.dim, frame.size) for frame in site.get("cond_indep_stack", ()))
             names.append((name, kind, site.get("is_observed"), plates, str(infer.get("max_count"))))
             if kind == "sample":
-                names.append((type(base_law(site["fn"])).__name__, site["fn"].batch_shape, site["fn"].event_shape))
+                names.append((type(base_distribution(site["fn"])).__name__, site["fn"].batch_shape, site["fn"].event_shape))
                 results.append(log_prob(site))
             results += [leaf for leaf in jax.tree.leaves(site["value"]) if isinstance(leaf, jax.Array | np.ndarray)]
         return results

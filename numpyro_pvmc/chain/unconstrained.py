@@ -1,7 +1,7 @@
 """Map the latent sites of a step to unconstrained coordinates, and back.
 
-The coordinates of one series at one point are the unconstrained values of all latent sites, one after the other: a vector of
-length D. What has a leading time axis here has it there.
+The coordinates of one series at one time step are the unconstrained values of all latent sites, one after the other: a vector
+of length D. What has a leading time axis here has it there.
 """
 
 import math
@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 class Coordinates(NamedTuple):
-    """Blocks of the chain's beginning, and of one of its steps."""
+    """Blocks of the chain's initial step, and of one of its steps."""
 
     initial: tuple[Block, ...]
     steps: tuple[Block, ...]
@@ -71,7 +71,7 @@ def coordinates_of_model(chain: Chain) -> Coordinates:
 def to_coordinates(blocks: tuple[Block, ...], values: dict[str, jax.Array]) -> jax.Array:
     """Unconstrained coordinates of values.
 
-    :param blocks: the sites of one point.
+    :param blocks: the sites of one time step.
     :param values: ``{site: (*leading, *batch, *event)}``.
     :return: an array of shape ``(*leading, *plates, D)``.
     """
@@ -81,7 +81,7 @@ def to_coordinates(blocks: tuple[Block, ...], values: dict[str, jax.Array]) -> j
 def from_coordinates(blocks: tuple[Block, ...], coordinates: jax.Array) -> dict[str, jax.Array]:
     """Values of sites at given coordinates.
 
-    :param blocks: the sites of one point.
+    :param blocks: the sites of one time step.
     :param coordinates: an array of shape ``(*leading, *plates, D)``.
     :return: ``{site: (*leading, *batch, *event)}``.
     """
@@ -93,7 +93,7 @@ def log_jacobians(structure: Structure, blocks: tuple[Block, ...], coordinates: 
     """Logs of the volumes that sites have for one of coordinates.
 
     :param structure: the structure of the chain.
-    :param blocks: the sites of one point.
+    :param blocks: the sites of one time step.
     :param coordinates: an array of shape ``(*plates, D)``.
     :return: ``{site: (*plates)}``.
     """
@@ -106,11 +106,11 @@ def log_jacobians(structure: Structure, blocks: tuple[Block, ...], coordinates: 
 
 
 def particle_coordinates(coordinates: Coordinates, particles: Particles) -> tuple[jax.Array | None, jax.Array]:
-    """Coordinates of particles, at the beginning and at the steps.
+    """Coordinates of particles, at the initial step and at the steps.
 
     :param coordinates: the coordinates.
     :param particles: particles.
-    :return: arrays of shape ``(N, *plates, K, D)``; ``None`` for a chain without sites at its beginning.
+    :return: arrays of shape ``(N, *plates, K, D)``; ``None`` for a chain without sites at its initial step.
     """
     initial = None
     if coordinates.initial:

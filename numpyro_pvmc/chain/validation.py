@@ -104,7 +104,7 @@ class DataCheck:
 
         :param results: an array, not traced.
         :param arguments: what the program was called with, not traced.
-        :raises ValueError: naming a site whose law is none.
+        :raises ValueError: naming a site whose distribution is none.
         """
         structure, params = self._known.get(signature(arguments), (None, None))
         if structure is not None and np.isnan(results).any():
@@ -112,7 +112,7 @@ class DataCheck:
 
 
 def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
-    """Look at the numbers: refuse data that are none or that their laws cannot have, and masks that are not padding.
+    """Look at the numbers: refuse data that are none or that their distributions cannot have, and masks that are not padding.
 
     :param structure: the structure of the program's chain.
     :param model: a NumPyro program.
@@ -161,9 +161,9 @@ def _check_site(name, site, place, support_moves=False):
     if site.impossible.any() and not support_moves:
         index = first(site.impossible)
         raise ValueError(
-            f"The data of site '{name}' contain {site.value[index]}, which its law cannot have, first at "
-            f"{place.format(*index)}. Mend the data, or take another law; a missing value needs a mask, not a number that "
-            "stands for it."
+            f"The data of site '{name}' contain {site.value[index]}, outside the support of its distribution, first at "
+            f"{place.format(*index)}. Fix the data or choose another distribution; a missing value needs a mask, not a number "
+            "that stands for it."
         )
 
 
@@ -183,7 +183,7 @@ def _check_densities(drawn, structure):
 
 
 class _Observed(NamedTuple):
-    """The value of a site, and where in its batch a value under no mask is NaN, or none that the law can have."""
+    """The value of a site, and where in its batch a value under no mask is NaN, or none that the distribution can have."""
 
     value: jax.Array
     nan: jax.Array
@@ -208,8 +208,8 @@ class _Drawn(NamedTuple):
 
 
 class _Masks(NamedTuple):
-    """By time and series: whether the step has latent sites, whether it is a point of the chain, how many observations it has
-    in the body and after the scan, and whether these, or the next step, read its latent sites at all.
+    """By time and series: whether the step has latent sites, whether it is a time step of the chain, how many observations it
+    has in the body and after the scan, and whether these, or the next step, read its latent sites at all.
     """
 
     latent: jax.Array

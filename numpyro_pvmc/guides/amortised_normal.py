@@ -38,8 +38,8 @@ class AutoAmortisedNormal(AutoGuide):
     series, or on minibatches of them, is training for others, of any number and length.
 
     What the network reads are *features*: for each series a row for each time, the first of which belongs to the chain's
-    beginning. A row has the observed values, standardised, and then for each of them 1 if it is observed and 0 if it is
-    missing: masked, NaN, or not there, as when nothing is observed at the beginning. The value of a missing one is 0. So
+    initial step. A row has the observed values, standardised, and then for each of them 1 if it is observed and 0 if it is
+    missing: masked, NaN, or not there, as when nothing is observed at the initial step. The value of a missing one is 0. So
     missing observations, padded steps and the ends of a series look alike.
 
     What it returns, two numbers for each component of the state, is in units of the model's prior: a location of 0 and a log
@@ -54,7 +54,7 @@ class AutoAmortisedNormal(AutoGuide):
         returns a module of Flax (``nnx``) or Equinox that maps an array ``(T + 1, features)`` to one of shape
         ``(T + 1, outputs)``; such as those in :mod:`numpyro_pvmc.networks`. Or such a module, whose sizes then must fit.
     :param features: what to read in place of the observed values: a function of the arguments of the model that returns an
-        array ``(T, *plates, E)``, or ``(T + 1, *plates, E)`` with a row for the beginning; NaN where a value is missing.
+        array ``(T, *plates, E)``, or ``(T + 1, *plates, E)`` with a row for the initial step; NaN where a value is missing.
     :param prefix: begins the names of parameters and mutable state.
 
     **Reference**
@@ -229,7 +229,7 @@ class AutoAmortisedNormal(AutoGuide):
         raise TypeError(f"`network` must make a module of Flax (nnx) or Equinox, but made a {type(network).__name__}.")
 
     def _units(self, structure, arguments, indices, is_trained) -> list[Moments]:
-        """Place and width of the features, and of the coordinates at the beginning and at the steps."""
+        """Place and width of the features, and of the coordinates at the initial step and at the steps."""
         names = [f"{self.prefix}_{what}" for what in ("features", "initial", "steps")]
         units = [mutable(name) for name in names]
         missing = [name for name, value in zip(names, units, strict=True) if value is None]
@@ -309,7 +309,7 @@ def _features(chain, function, arguments):
     if values.shape[:-1] not in ((length, *plates), (length + 1, *plates)):
         raise ValueError(
             f"`features` returned an array of shape {values.shape}, but the chain needs {(length, *plates, 'E')}, a row of E "
-            f"features for each step and series, or {(length + 1, *plates, 'E')} with one for its beginning."
+            f"features for each step and series, or {(length + 1, *plates, 'E')} with one for its initial step."
         )
     if len(values) == length:
         values = jnp.concatenate([jnp.full_like(values[:1], jnp.nan), values])

@@ -25,13 +25,13 @@ from numpyro_pvmc.chain.enumeration import number_of_states
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.ops.semiring import logsumexp
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.distributions import base_law, is_bounded
+from numpyro_pvmc.program.distributions import base_distribution, is_bounded
 from numpyro_pvmc.program.find_chain import first, length_of
 from numpyro_pvmc.program.handlers import Scan, is_latent, log_densities, log_prob, run, run_body
 from numpyro_pvmc.program.structure import Latent, Structure, per_series, refuse_unlisted
 
 
-class Refitted(Protocol):
+class AdaptiveGuide(Protocol):
     """A guide, or part of one, that takes its proposal from mutable state; its sites carry it as ``infer["refitted_by"]``."""
 
     def start(self, chain: Chain) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class Refitted(Protocol):
         """
 
 
-class Form(NamedTuple):
+class GuideKind(NamedTuple):
     """What kind of guide it is.
 
     `markovian` is the structure of the guide's own chain, if it has one. `not_reparameterised` are the chain's sites whose
@@ -65,7 +65,7 @@ class Form(NamedTuple):
 
     markovian: Structure | None = None
     not_reparameterised: tuple[str, ...] = ()
-    refitted_by: tuple[Refitted, ...] = ()
+    refitted_by: tuple[AdaptiveGuide, ...] = ()
     summed: tuple[str, ...] = ()
 
 
@@ -77,7 +77,7 @@ def proposal_log_densities(
     rng_key: jax.Array,
     particles: Particles,
     present: Presence | None,
-    form: Form,
+    form: GuideKind,
     names: tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Log densities of the guide at the particles.
@@ -115,7 +115,7 @@ def proposal_log_densities(
     return jnp.concatenate([log_q[:1], log_steps])
 
 
-def check_guide(structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> Form:
+def check_guide(structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> GuideKind:
     """Refuse a guide that does not fit the chain.
 
     :param structure: the structure of the model's chain.
@@ -170,7 +170,7 @@ def _form(structure, sites):
             f"{[name for name, mark in zip(structure.sites, marks, strict=True) if mark is None] or 'several do'}: leave the "
             "chain to one `AutoSmoothedNormal`, and global sites to another guide."
         )
-    return Form(
+    return GuideKind(
         not_reparameterised=tuple(name for name in structure.sites if not sites[name]["fn"].has_rsample),
         refitted_by=tuple(dict.fromkeys(mark for mark in marks if mark is not None)),
         summed=summed,
@@ -259,14 +259,14 @@ def refuse_discrete(structure: Structure, model: Callable, guide: Callable) -> N
 
 
 def _may_be_bounded(fn):
-    return isinstance(base_law(fn), dist.TransformedDistribution) or is_bounded(fn)
+    return isinstance(base_distribution(fn), dist.TransformedDistribution) or is_bounded(fn)
 
 
 def _check_guide_site(name, site, latent, steps, joint, may_be_bounded):
     fn, shape = site["fn"], tuple(site["fn"].shape())
-    if isinstance(base_law(fn), dist.Delta):
+    if isinstance(base_distribution(fn), dist.Delta):
         raise ValueError(
-            f"The guide gives site '{name}' a `Delta` law"
+            f"The guide gives site '{name}' a `Delta` distribution"
             + (f", a part of the joint draw {joint}" if joint else "")
             + ". PVMC proposes particles independently at each time, so the guide needs a density for each time of its own: "
             "use `AutoNormal`, or a guide that samples the site with a leading time axis."
@@ -280,20 +280,21 @@ def _check_guide_site(name, site, latent, steps, joint, may_be_bounded):
     if discrete != of_guide:
         kinds = {True: "discrete", False: "continuous"}
         raise ValueError(
-            f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, is {kinds[of_guide]}, and the model's is "
-            f"{kinds[discrete]}: give it one on the same values."
+            f"The guide's distribution of site '{name}', a {type(base_distribution(fn)).__name__}, is {kinds[of_guide]}, and "
+            f"the model's is {kinds[discrete]}: give it one on the same values."
         )
     if latent.is_bounded and not may_be_bounded:
         raise ValueError(
-            f"The guide's law of site '{name}', a {type(base_law(fn)).__name__}, has all real numbers, and the model's not: "
-            "some particles would have no density. Give the guide a law on the same values, such as a `LogNormal` for positive "
-            "ones, or a Normal transformed: `dist.TransformedDistribution(normal, dist.biject_to(support))`."
+            f"The guide's distribution of site '{name}', a {type(base_distribution(fn)).__name__}, has all real numbers, and "
+            "the model's not: some particles would have no density. Give the guide a distribution on the same values, such as "
+            "a `LogNormal` for positive ones, or a Normal transformed: `dist.TransformedDistribution(normal, "
+            "dist.biject_to(support))`."
         )
     if steps and len(fn.batch_shape) < 1:
         raise ValueError(
-            f"The guide gives site '{name}' a joint law over time: time is part of its event shape {fn.event_shape}. PVMC "
-            "proposes particles independently at each time. Keep time as the first batch axis: use `.to_event` for the axes "
-            "of one step only."
+            f"The guide gives site '{name}' a joint distribution over time: time is part of its event shape {fn.event_shape}. "
+            "PVMC proposes particles independently at each time. Keep time as the first batch axis: use `.to_event` for the "
+            "axes of one step only."
         )
 
 

@@ -20,8 +20,8 @@ from numpyro_pvmc.program.tracebacks import warn_caller
 class Drawn(NamedTuple):
     """A site that is drawn K times.
 
-    Sites of one `point` of the chain are drawn together. `shared_axes` are those axes of its law's batch, counted from the
-    left, along which draws are independent: time, and the series.
+    Sites of one `point` of the chain are drawn together. `shared_axes` are those axes of its distribution's batch, counted from
+    the left, along which draws are independent: time, and the series.
     """
 
     name: str
@@ -94,20 +94,20 @@ def draw(
     :param rng_key: random key; with K = 1 the draws are those that `Trace_ELBO` makes with it.
     :param drawn: the sites to draw K times.
     :param num_particles: K, the number of particles at each time step.
-    :param particles: ``"iid"``, independent draws; ``"rqmc"``, draws that are evenly spread where the law of a site allows it,
-        see :mod:`numpyro_pvmc.guides.quasirandom`, with a warning where it does not.
+    :param particles: ``"iid"``, independent draws; ``"rqmc"``, draws that are evenly spread where the distribution of a site
+        allows it, see :mod:`numpyro_pvmc.guides.quasirandom`, with a warning where it does not.
     :param chain_scan: which of the guide's scans draws such sites, if one does: K trajectories, then, one for each key.
     :param ignored: sites of the guide that do not count.
     :return: ``{site: (K, ...)}``; the values of the other sites; their log density, summed; mutable state.
     :raises ValueError: if another site depends on those drawn K times.
     """
-    names, laws, independent = [site.name for site in drawn], {}, []
+    names, distributions, independent = [site.name for site in drawn], {}, []
 
     def particle(number):
         draws = _ParticleDraws(drawn, number, num_particles, particles == "rqmc", chain_scan)
         with block(), trace() as sites, substitute(data=params), draws, seed(rng_seed=rng_key):
             arguments(guide)
-        laws.update({name: type(sites[name]["fn"]).__name__ for name in names})
+        distributions.update({name: type(sites[name]["fn"]).__name__ for name in names})
         independent.extend(draws.independent)
         samples = {name: site for name, site in sites.items() if is_latent(site)}
         others = {name: site for name, site in samples.items() if name not in names and name not in ignored}
@@ -128,14 +128,14 @@ def draw(
     if particles == "rqmc" and independent:
         warn_caller(
             f"The particles of {sorted(set(independent))} are independent draws: quasi-random ones need a guide without a "
-            f"scan, and laws with a quantile function, but its laws are {sorted({laws[name] for name in independent})}. "
-            "`particles='iid'` says the same without this warning.",
+            "scan, and distributions with a quantile function, but its distributions are "
+            f"{sorted({distributions[name] for name in independent})}. `particles='iid'` says the same without this warning.",
         )
     return result
 
 
 def _log_prob_as_drawn(site):
-    # As `Trace_ELBO` does: a transformed law that remembers where its draw came from need not invert the transform.
+    # As `Trace_ELBO` does: a transformed distribution that remembers where its draw came from need not invert the transform.
     log_density = (
         site["fn"].log_prob(site["value"], site["intermediates"])
         if site["intermediates"]

@@ -23,7 +23,7 @@ from numpyro_pvmc.chain.unconstrained import (
     unflattened,
 )
 from numpyro_pvmc.guides.checks import check_guide
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.gaussian import Moments, dense
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import WRAPPERS
@@ -32,15 +32,17 @@ from numpyro_pvmc.program.structure import Structure
 
 
 class Proposal(NamedTuple):
-    """A Gaussian for the chain's beginning, of one point, and one for each step. A chain may have no sites at its beginning."""
+    """A Gaussian for the chain's initial step, of one time step, and one for each step. A chain may have no sites at its
+    initial step.
+    """
 
     initial: Moments | None
     steps: Moments
 
 
-@precise
+@full_precision
 def sample_sites(blocks: tuple[Block, ...], moments: Moments, infer: dict[str, Any] | None = None) -> dict[str, jax.Array]:
-    """Sample the sites of one point, Gaussian in their coordinates: one `numpyro.sample` each, given those before it.
+    """Sample the sites of one time step, Gaussian in their coordinates: one `numpyro.sample` each, given those before it.
 
     :param blocks: the sites.
     :param moments: Gaussians of their coordinates.
@@ -58,7 +60,7 @@ def sample_sites(blocks: tuple[Block, ...], moments: Moments, infer: dict[str, A
             factor = moments.factor[..., first:last, first:last]
         else:
             factor = moments.factor[..., first:last]
-        value = numpyro.sample(block.latent.name, _law(block, mean, factor), infer=dict(infer or {}))
+        value = numpyro.sample(block.latent.name, _distribution(block, mean, factor), infer=dict(infer or {}))
         values[block.latent.name] = value
         if moments.is_full and block is not blocks[-1]:
             residual = flattened(block, block.transform.inv(value)) - mean
@@ -72,30 +74,31 @@ def read_proposal(
 ) -> tuple[Coordinates, Proposal]:
     """The Gaussians of a guide that is Gaussian in unconstrained coordinates, and these coordinates.
 
-    A site whose law reads another of its step is read at the other's median.
+    A site whose distribution reads another of its step is read at the other's median.
 
     :param structure: the structure of the model's chain.
     :param guide: a NumPyro program.
     :param arguments: what it is called with.
     :param values: values of its parameters, mutable state and global sites.
     :return: coordinates, and the guide's moments in them, with full covariances.
-    :raises ValueError: naming the site whose law is not a transformed Gaussian.
+    :raises ValueError: naming the site whose distribution is not a transformed Gaussian.
     """
     check_guide(structure, guide, arguments, values)
     at_median = substitute(guide, substitute_fn=functools.partial(_median, structure))
     sites = log_densities(at_median, arguments, values, random.key(0), {})
-    laws = {name: _gaussian(name, sites[name]["fn"]) for name in structure.sites}
+    distributions = {name: _gaussian(name, sites[name]["fn"]) for name in structure.sites}
     for name, latent in structure.step.items():
-        transform, shape = laws[name][0], (structure.length, *latent.shape)
+        transform, shape = distributions[name][0], (structure.length, *latent.shape)
         if tuple(transform.inverse_shape(shape)) != (structure.length, *transform.inverse_shape(latent.shape)):
             raise ValueError(
-                f"The guide's law for site '{name}' has a transform that differs between times, so there are no coordinates "
-                "in which to refit it. Put what differs into the location and scale of the Normal, or use `refine=0`."
+                f"The guide's distribution for site '{name}' has a transform that differs between times, so there are no "
+                "coordinates in which to refit it. Put what differs into the location and scale of the Normal, or use "
+                "`refine=0`."
             )
-    coordinates = coordinates_of_sites(structure, {name: transform for name, (transform, _) in laws.items()})
+    coordinates = coordinates_of_sites(structure, {name: transform for name, (transform, _) in distributions.items()})
 
     def moments(blocks, leading):
-        parts = [_moments_of_law(block, laws[block.latent.name][1], leading) for block in blocks]
+        parts = [_moments_of_distribution(block, distributions[block.latent.name][1], leading) for block in blocks]
         factor = jax.vmap(lambda *factors: jax.scipy.linalg.block_diag(*factors))
         points = parts[0].mean.shape[:-1]
         factors = factor(*(part.factor.reshape(-1, *part.factor.shape[-2:]) for part in parts))
@@ -106,8 +109,8 @@ def read_proposal(
     return coordinates, Proposal(initial, moments(coordinates.steps, (structure.length,)))
 
 
-def _law(block, mean, factor):
-    """The law of one site whose coordinates are Gaussian."""
+def _distribution(block, mean, factor):
+    """The distribution of one site whose coordinates are Gaussian."""
     is_full = factor.ndim > mean.ndim
     if not is_full or block.size == 1:
         scale = factor[..., 0] if is_full else factor
@@ -131,9 +134,9 @@ def _law(block, mean, factor):
     return _transformed(normal, [reshape, transforms.IndependentTransform(block.transform, others)])
 
 
-def _transformed(law, steps):
+def _transformed(distribution, steps):
     steps = [step for step in steps if not _is_identity(step)]
-    return dist.TransformedDistribution(law, steps) if steps else law
+    return dist.TransformedDistribution(distribution, steps) if steps else distribution
 
 
 def _is_identity(transform):
@@ -144,16 +147,16 @@ def _is_identity(transform):
     return isinstance(transform, transforms.IdentityTransform)
 
 
-def _gaussian(name, law):
-    """The transform and the Gaussian of a law that is one transformed."""
-    fn, steps = law, []
+def _gaussian(name, distribution):
+    """The transform and the Gaussian of a distribution that is one transformed."""
+    fn, steps = distribution, []
     while not isinstance(fn, dist.Normal | dist.MultivariateNormal | dist.LowRankMultivariateNormal):
         if isinstance(fn, dist.TransformedDistribution):
             steps = list(fn.transforms) + steps
         elif not isinstance(fn, WRAPPERS):
             raise ValueError(
-                f"The guide's law for site '{name}', {type(law).__name__}, is not Gaussian in unconstrained space, so there "
-                "is no Gaussian to refit. Use `AutoSmoothedNormal`, or `refine=0`."
+                f"The guide's distribution for site '{name}', {type(distribution).__name__}, is not Gaussian in unconstrained "
+                "space, so there is no Gaussian to refit. Use `AutoSmoothedNormal`, or `refine=0`."
             )
         fn = fn.base_dist
     return transforms.ComposeTransform(steps) if steps else transforms.IdentityTransform(), fn
@@ -167,9 +170,11 @@ def _median(structure, site):
     return transform(jnp.broadcast_to(normal.loc, shape))
 
 
-@precise
-def _moments_of_law(block, normal, leading):
-    """Moments in coordinates of a Gaussian law, which may still have to be expanded to the site's ``(*leading, ...)``."""
+@full_precision
+def _moments_of_distribution(block, normal, leading):
+    """Moments in coordinates of a Gaussian distribution, which may still have to be expanded to the site's ``(*leading,
+    ...)``.
+    """
     is_normal = isinstance(normal, dist.Normal)
     tril = None
     if not is_normal:

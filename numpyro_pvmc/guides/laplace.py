@@ -5,7 +5,7 @@ interact, so its second derivatives are a matrix of blocks on three diagonals, a
 series, and one back. At the mode the inverse of that matrix has the covariances of the Gaussian on its diagonal. For a chain
 that is linear and Gaussian this is the exact smoother, after one step.
 
-Shapes: P points (the beginning, if it has sites, and T steps), N series, D coordinates.
+Shapes: P time steps (the initial step, if it has sites, and T steps), N series, D coordinates.
 """
 
 import functools
@@ -22,17 +22,17 @@ from numpyro_pvmc.chain.chain import Chain, presence
 from numpyro_pvmc.chain.densities import Particles, target
 from numpyro_pvmc.chain.unconstrained import Coordinates, from_coordinates, log_jacobians
 from numpyro_pvmc.guides.gaussian import Proposal
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.gaussian import Moments, dense
 
 _LEAST_DAMPING, _MOST_DAMPING = 1e-3, 1e8
 
 
 class Points(NamedTuple):
-    """All points of all series in arrays of one shape, and what of them is there.
+    """All time steps of all series in arrays of one shape, and what of them is there.
 
-    Where the beginning has fewer coordinates than a step, or more, the missing ones stand as absent. Absent points come after
-    the present ones, so that those that interact are neighbours; `order` says where a point was.
+    Where the initial step has fewer coordinates than a step, or more, the missing ones stand as absent. Absent time steps come
+    after the present ones, so that those that interact are neighbours; `order` says where a time step was.
     """
 
     mean: Float[Array, "P N D"]
@@ -53,7 +53,7 @@ def laplace(chain: Chain, coordinates: Coordinates, start: Proposal, iterations:
     :param start: Gaussians in these coordinates to start from. A series at whose end point the density is not concave keeps
         their covariances, and an absent step all of them.
     :param iterations: how many steps to try.
-    :return: Gaussians with full covariances: for each point its mode, and the covariance of the joint Gaussian there.
+    :return: Gaussians with full covariances: for each time step its mode, and the covariance of the joint Gaussian there.
     :raises ValueError: if the density cannot be differentiated twice.
 
     **References**
@@ -94,7 +94,7 @@ def laplace(chain: Chain, coordinates: Coordinates, start: Proposal, iterations:
     weight = 1 / jnp.sum(points.factor**2, -1)
 
     def log_density(z):
-        # An absent coordinate must have some law, that of no other coordinate.
+        # An absent coordinate must have some distribution, that of no other coordinate.
         alone = -0.5 * jnp.where(points.present, 0.0, weight * (z - points.mean) ** 2).sum((0, 2))
         return _log_joint(chain, coordinates, jnp.where(points.present, z, points.mean), points.order) + alone
 
@@ -187,7 +187,7 @@ def _log_joint(chain, coordinates, z, order):
     particles = Particles(
         {name: value[None] for name, value in at_start.items()}, {name: value[:, None] for name, value in at_steps.items()}
     )
-    log_p, edges = target(chain, particles, put_together=False)
+    log_p, edges = target(chain, particles, closed_form=False)
     total = log_p[..., 0].sum(0) + jax.vmap(edges.function)(edges.inputs)[..., 0, 0].sum(0)
     if initial is not None:
         total = total + sum(log_jacobians(structure, coordinates.initial, initial).values())
@@ -198,7 +198,7 @@ def _log_joint(chain, coordinates, z, order):
 
 
 def _parts(coordinates, z, plates):
-    """The points by time as those of the beginning, `None` without any, and of the steps."""
+    """The time steps by time as those of the initial step, `None` without any, and of the steps."""
     sizes = [sum(block.size for block in blocks) for blocks in coordinates]
     z = z.reshape(len(z), *plates, -1)
     if not coordinates.initial:
@@ -219,7 +219,7 @@ def _proposal(chain, coordinates, points, z, factor):
     return Proposal(initial, Moments(rest, cut(factor[1:], rest.shape[-1])))
 
 
-@precise
+@full_precision
 def _solve(
     on: Float[Array, "P N D D"], below: Float[Array, "P N D D"], right: Float[Array, "P N D"]
 ) -> tuple[Float[Array, "P N D"], Float[Array, "P N D D"]]:

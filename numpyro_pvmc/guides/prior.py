@@ -64,8 +64,8 @@ def prior_coordinates(
     :param rng_key: random key.
     :param number: how many draws.
     :param strategy: one of NumPyro's initialisation strategies to take values of the chain's sites from instead.
-    :return: arrays of shape ``(number, N, *plates, D)``, for the beginning and for the steps; ``None`` for a chain without
-        sites at its beginning.
+    :return: arrays of shape ``(number, N, *plates, D)``, for the initial step and for the steps; ``None`` for a chain without
+        sites at its initial step.
     """
 
     def draw(rng_key):

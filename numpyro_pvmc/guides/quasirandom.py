@@ -3,7 +3,7 @@
 Randomised quasi-Monte Carlo: the K points of one Sobol set, each coordinate XORed with random bits, are each uniform on the
 unit cube, and together fill it more evenly than independent ones. With bits drawn afresh for every time step and series the
 draws of one step are independent of those of another. A quantile function, or a Cholesky factor on Normal quantiles, carries
-the points to the law (L'Ecuyer & Lemieux 2002).
+the points to the distribution (L'Ecuyer & Lemieux 2002).
 """
 
 import functools
@@ -17,7 +17,7 @@ import scipy
 from jax import random
 from jax.scipy.special import ndtri
 
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.program.distributions import WRAPPERS
 from numpyro_pvmc.program.tracebacks import warn_caller
 
@@ -47,11 +47,11 @@ def check_particles(particles: str, num_particles: int) -> None:
 
 
 def noise_shape(fn: dist.Distribution) -> tuple[int, ...] | None:
-    """How many uniform numbers one draw of a law takes.
+    """How many uniform numbers one draw of a distribution takes.
 
-    :param fn: a law.
-    :return: their shape, whose leading axes are those of the law's batch; ``None`` if the law is not such a function of
-        uniform numbers.
+    :param fn: a distribution.
+    :return: their shape, whose leading axes are those of the distribution's batch; ``None`` if the distribution is not such a
+        function of uniform numbers.
     """
     if isinstance(fn, dist.Independent | dist.MaskedDistribution):
         return noise_shape(fn.base_dist)
@@ -73,13 +73,13 @@ def noise_shape(fn: dist.Distribution) -> tuple[int, ...] | None:
     return fn.batch_shape
 
 
-@precise
+@full_precision
 def from_uniform(fn: dist.Distribution, uniform: jax.Array) -> jax.Array:
-    """A draw of a law, as a function of uniform numbers.
+    """A draw of a distribution, as a function of uniform numbers.
 
-    :param fn: a law for which :func:`noise_shape` is a shape.
+    :param fn: a distribution for which :func:`noise_shape` is a shape.
     :param uniform: numbers between 0 and 1 of that shape.
-    :return: a draw, differentiable with respect to the parameters of the law if it is continuous.
+    :return: a draw, differentiable with respect to the parameters of the distribution if it is continuous.
     """
     if isinstance(fn, WRAPPERS):
         return from_uniform(fn.base_dist, uniform)
@@ -142,7 +142,7 @@ def _sobol(number, coordinates):
 
 
 def _probabilities(fn):
-    """Of the values 0, 1, .. of a discrete law with few of them."""
+    """Of the values 0, 1, .. of a discrete distribution with few of them."""
     if isinstance(fn, dist.CategoricalProbs | dist.CategoricalLogits):
         return fn.probs
     if isinstance(fn, dist.BernoulliProbs | dist.BernoulliLogits):

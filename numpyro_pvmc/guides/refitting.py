@@ -7,7 +7,7 @@ from numpyro_pvmc.chain.chain import Chain, presence
 from numpyro_pvmc.chain.densities import Particles, particles_of
 from numpyro_pvmc.chain.potentials import ChainPotentials, chain_potentials
 from numpyro_pvmc.chain.unconstrained import Coordinates, particle_coordinates
-from numpyro_pvmc.guides.checks import Form, proposal_log_densities
+from numpyro_pvmc.guides.checks import GuideKind, proposal_log_densities
 from numpyro_pvmc.guides.draws import draw, sites_to_draw
 from numpyro_pvmc.guides.gaussian import Proposal, sample_proposal
 from numpyro_pvmc.ops.gaussian import refit, widening
@@ -34,7 +34,7 @@ def propose_gaussian(
     :param proposal: Gaussians in these coordinates.
     :param num_particles: K, the number of particles at each time step.
     :param particles: how particles are drawn.
-    :param log_q_globals: log density of the global sites of `chain` under the law they were drawn from.
+    :param log_q_globals: log density of the global sites of `chain` under the distribution they were drawn from.
     :return: particles and potentials, given the global sites of `chain`.
     """
     structure, arguments = chain.structure, Arguments()
@@ -45,7 +45,7 @@ def propose_gaussian(
     drawn, _, _, _ = draw(guide, arguments, {}, rng_key, sites_to_draw(structure), num_particles, particles)
     drawn = particles_of(structure, drawn)
     present = presence(chain)
-    log_q = proposal_log_densities(structure, guide, arguments, {}, rng_key, drawn, present, Form())
+    log_q = proposal_log_densities(structure, guide, arguments, {}, rng_key, drawn, present, GuideKind())
     return chain_potentials(chain, drawn, log_q, present, log_q_globals)
 
 

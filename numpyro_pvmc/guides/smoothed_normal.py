@@ -19,7 +19,7 @@ from numpyro_pvmc.guides.gaussian import Proposal, for_all_series, put_series, s
 from numpyro_pvmc.guides.laplace import laplace
 from numpyro_pvmc.guides.prior import at_medians, prior_coordinates
 from numpyro_pvmc.guides.refitting import refitted, unless_worse
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.gaussian import Moments, dense, diagonal, spread
 from numpyro_pvmc.program.arguments import Arguments, is_traced
 
@@ -208,7 +208,7 @@ class AutoSmoothedNormal(AutoGuide):
         """
         keys = random.split(rng_key)
 
-        @precise
+        @full_precision
         def one(key, moments):
             noise = random.normal(key, (*sample_shape, *moments.mean.shape), moments.mean.dtype)
             moved = (moments.factor @ noise[..., None])[..., 0] if moments.is_full else moments.factor * noise

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from numpyro.infer import ELBO
 
-from numpyro_pvmc.guides.checks import Form, check_guide
+from numpyro_pvmc.guides.checks import GuideKind, check_guide
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.structure import Structure
 
@@ -19,7 +19,7 @@ class Phase(NamedTuple):
     :param num_steps: number of updates.
     :param num_particles: K, if it is not the objective's own.
     :param model_rests: whether the parameters of the model get no gradient.
-    :param warm_up: for how many updates at its beginning a refitted guide warms up alone.
+    :param warm_up: for how many updates at its start a refitted guide warms up alone.
     """
 
     num_steps: int
@@ -71,7 +71,7 @@ class ChainELBO(ELBO):
         choices = {name: value for name, value in vars(self).items() if type(value) in (int, float, str)}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in choices.items())})"
 
-    def check(self, structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> Form:
+    def check(self, structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> GuideKind:
         """Refuse a guide that does not fit.
 
         :param params: values of parameters and mutable state.
@@ -80,7 +80,7 @@ class ChainELBO(ELBO):
         """
         return check_guide(structure, guide, arguments, params)
 
-    def schedule(self, num_steps: int, kind: Form) -> list[Phase]:
+    def schedule(self, num_steps: int, kind: GuideKind) -> list[Phase]:
         """How a run that starts cold goes.
 
         :param kind: what kind of guide it has.
@@ -134,7 +134,7 @@ class StockObjective:
     def __init__(self, loss: ELBO):
         self.loss = loss
 
-    def schedule(self, num_steps: int, kind: Form) -> list[Phase]:
+    def schedule(self, num_steps: int, kind: GuideKind) -> list[Phase]:
         return [Phase(num_steps)]
 
     def at(self, step: TrainingStep) -> ELBO:

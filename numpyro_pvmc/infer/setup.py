@@ -15,7 +15,7 @@ from numpyro.infer.util import transform_fn
 from numpyro_pvmc.chain.minibatch import check_indices
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import DataCheck
-from numpyro_pvmc.guides.checks import Form, refuse_discrete
+from numpyro_pvmc.guides.checks import GuideKind, refuse_discrete
 from numpyro_pvmc.infer import requests
 from numpyro_pvmc.infer.endings import check_finite
 from numpyro_pvmc.infer.objective import ChainELBO, StockObjective, objective_of
@@ -42,7 +42,7 @@ class CheckedSVI(SVI):
 
     def __init__(self, model: Callable, guide: Callable, optim: Any, loss: ELBO, **static_kwargs: Any):
         super().__init__(model, guide, optim, loss, **static_kwargs)
-        self._form = Form()
+        self._form = GuideKind()
         self._expected: dict[str, list[Expected]] = {}
         self._forget()
 

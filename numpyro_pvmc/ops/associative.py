@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from numpyro_pvmc.ops.forward_backward import Edges, lazy
-from numpyro_pvmc.ops.semiring import less_largest, logmatmulexp, logsumexp
+from numpyro_pvmc.ops.semiring import logmatmulexp, logsumexp, shift_by_max
 
 
 class Level(NamedTuple):
@@ -25,12 +25,12 @@ class Level(NamedTuple):
 def products(
     node: Float[Array, "T *batch K"], edge: Float[Array, "S *batch K K"] | Edges, mask: Bool[Array, "T *batch"] | None
 ) -> list[Level]:
-    """Products of the matrices that take alpha from one point to the next: of one, of two, of four, .. of all.
+    """Products of the matrices that take alpha from one time step to the next: of one, of two, of four, .. of all.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
-    :return: a level for each power of two; none for a chain of one point.
+    :param mask: which time steps are present.
+    :return: a level for each power of two; none for a chain of one time step.
     """
     if len(node) == 1:
         return []
@@ -39,10 +39,10 @@ def products(
     if mask is not None:
         identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), jnp.zeros((), node.dtype), -jnp.inf)
         matrices = jnp.where(mask[1:, ..., None, None], matrices, identity)
-    levels = [Level(*less_largest(jnp.broadcast_to(matrices, (*node[1:].shape, node.shape[-1])), (-2, -1)))]
+    levels = [Level(*shift_by_max(jnp.broadcast_to(matrices, (*node[1:].shape, node.shape[-1])), (-2, -1)))]
     while len(levels[-1].matrices) > 1:
         constants, matrices = levels[-1]
-        gain, product = less_largest(logmatmulexp(matrices[:-1:2], matrices[1::2]), (-2, -1))
+        gain, product = shift_by_max(logmatmulexp(matrices[:-1:2], matrices[1::2]), (-2, -1))
         alone = 2 * len(product)
         joined = constants[:-1:2] + constants[1::2] + gain
         levels.append(Level(*(jnp.concatenate(pair) for pair in ((joined, constants[alone:]), (product, matrices[alone:])))))
@@ -52,7 +52,7 @@ def products(
 def total(first: Float[Array, "*batch K"], levels: list[Level]) -> Float[Array, "*batch"]:
     """The log normalizer.
 
-    :param first: alpha of the first point.
+    :param first: alpha of the first time step.
     :param levels: products of the matrices.
     """
     if not levels:
@@ -62,12 +62,12 @@ def total(first: Float[Array, "*batch K"], levels: list[Level]) -> Float[Array, 
 
 
 def alphas(first: Float[Array, "*batch K"], levels: list[Level]) -> Float[Array, "T *batch K"]:
-    """The log of the weight of all ways to a particle, up to a constant of each point.
+    """The log of the weight of all ways to a particle, up to a constant of each time step.
 
-    :param first: that of the first point.
+    :param first: that of the first time step.
     :param levels: products of the matrices.
     """
-    move = lambda alpha, matrices: less_largest(logsumexp(alpha[..., :, None] + matrices, -2))[1]
+    move = lambda alpha, matrices: shift_by_max(logsumexp(alpha[..., :, None] + matrices, -2))[1]
     before = first[None]
     for _, matrices in reversed(levels[:-1]):
         pairs = len(matrices) // 2
@@ -76,12 +76,12 @@ def alphas(first: Float[Array, "*batch K"], levels: list[Level]) -> Float[Array,
 
 
 def betas(first: Float[Array, "*batch K"], levels: list[Level]) -> Float[Array, "T *batch K"]:
-    """The log of the weight of all ways on from a particle, up to a constant of each point.
+    """The log of the weight of all ways on from a particle, up to a constant of each time step.
 
-    :param first: alpha of the first point, which says the shape.
+    :param first: alpha of the first time step, which says the shape.
     :param levels: products of the matrices.
     """
-    move = lambda beta, matrices: less_largest(logsumexp(matrices + beta[..., None, :], -1))[1]
+    move = lambda beta, matrices: shift_by_max(logsumexp(matrices + beta[..., None, :], -1))[1]
     after = jnp.zeros_like(first)[None]
     for _, matrices in reversed(levels[:-1]):
         pairs = len(matrices) // 2

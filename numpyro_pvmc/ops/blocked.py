@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from numpyro_pvmc.ops.semiring import less_largest, logmatmulexp, logsumexp
+from numpyro_pvmc.ops.semiring import logmatmulexp, logsumexp, shift_by_max
 
 
 class Blocks(NamedTuple):
@@ -53,9 +53,9 @@ class Blocks(NamedTuple):
         return function if self.number == 1 else jax.vmap(function)
 
     def cut_mask(self, mask: Bool[Array, "T *batch"] | None, batch: tuple[int, ...]) -> Bool[Array, "L *blocks"] | None:
-        """Which points after the first are present, cut.
+        """Which time steps after the first are present, cut.
 
-        :param mask: which points are present.
+        :param mask: which time steps are present.
         :param batch: shape of the batch.
         """
         if self.number == 1 or (mask is None and not self.transitions % self.number):
@@ -75,8 +75,8 @@ def products(
 
     :param function: the blocks of pairs of one step, of all blocks of the chain.
     :param inputs: what it reads, cut.
-    :param node: potentials of the points, cut.
-    :param present: which points are present, cut.
+    :param node: potentials of the time steps, cut.
+    :param present: which time steps are present, cut.
     """
 
     @jax.checkpoint
@@ -86,7 +86,7 @@ def products(
         if present is not None:
             # Neither may nan that stands in padding reach the product, nor, times zero, its gradient.
             matrix = jnp.where(present[..., None, None], matrix, 0.0)
-        moved = less_largest(logmatmulexp(product, matrix), (-2, -1))[1]
+        moved = shift_by_max(logmatmulexp(product, matrix), (-2, -1))[1]
         return moved if present is None else jnp.where(present[..., None, None], moved, product), None
 
     identity = jnp.where(jnp.eye(node.shape[-1], dtype=bool), jnp.zeros((), node.dtype), -jnp.inf)
@@ -95,19 +95,19 @@ def products(
 
 
 def starts(first: Float[Array, "*batch K"], products: Float[Array, "C *batch K K"]) -> Float[Array, "C *batch K"]:
-    """Alpha of the point before each block.
+    """Alpha of the time step before each block.
 
-    :param first: that of the first point.
+    :param first: that of the first time step.
     :param products: of each block.
     """
-    step = lambda alpha, product: (less_largest(logsumexp(alpha[..., :, None] + product, -2))[1], alpha)
+    step = lambda alpha, product: (shift_by_max(logsumexp(alpha[..., :, None] + product, -2))[1], alpha)
     return lax.scan(step, first, products)[1]
 
 
 def ends(products: Float[Array, "C *batch K K"]) -> Float[Array, "C *batch K"]:
-    """Beta of the last point of each block.
+    """Beta of the last time step of each block.
 
     :param products: of each block.
     """
-    step = lambda beta, product: (less_largest(logsumexp(product + beta[..., None, :], -1))[1], beta)
+    step = lambda beta, product: (shift_by_max(logsumexp(product + beta[..., None, :], -1))[1], beta)
     return lax.scan(step, jnp.zeros_like(products[0, ..., 0]), products, reverse=True)[1]

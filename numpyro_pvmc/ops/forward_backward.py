@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float
 
 from numpyro_pvmc.ops.blocked import Blocks, ends, products, starts
-from numpyro_pvmc.ops.semiring import finite, less_largest, logsumexp
+from numpyro_pvmc.ops.semiring import finite, logsumexp, shift_by_max
 
 
 class Edges(NamedTuple):
@@ -34,13 +34,13 @@ def forward(
     mask: Bool[Array, "T *batch"] | None,
     number_of_blocks: int = 1,
 ) -> tuple[Float[Array, "*batch"], Float[Array, "T *batch K"]]:
-    """Forwards over the points.
+    """Forwards over the time steps.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
+    :param mask: which time steps are present.
     :param number_of_blocks: how many stretches of the chain are gone through at once.
-    :return: the log normalizer; alpha, the log of the total weight of all beginnings of trajectories up to each particle,
+    :return: the log normalizer; alpha, the log of the total weight of all first parts of trajectories up to each particle,
         normalised.
     """
     log_z, alpha, _ = _forward(node, *lazy(edge), mask, Blocks(len(node) - 1, number_of_blocks))
@@ -48,8 +48,8 @@ def forward(
 
 
 def _forward(node, function, inputs, mask, blocks):
-    """The log normalizer, alpha up to a constant of each point, and the blocks' products, if there are several."""
-    first, start = less_largest(node[0])
+    """The log normalizer, alpha up to a constant of each time step, and the blocks' products, if there are several."""
+    first, start = shift_by_max(node[0])
     function, inputs = blocks.at_once(function), blocks.cut(inputs)
     nodes, present = blocks.cut(node[1:]), blocks.cut_mask(mask, node.shape[1:-1])
     of_blocks = None if blocks.number == 1 else products(function, inputs, nodes, present)
@@ -60,7 +60,7 @@ def _forward(node, function, inputs, mask, blocks):
         node, present, edge_inputs = inputs
         edge = function(edge_inputs).astype(node.dtype)
         node, edge = _without_absent(present, node, edge)
-        gain, moved = less_largest(node + logsumexp(alpha[..., :, None] + edge, -2))
+        gain, moved = shift_by_max(node + logsumexp(alpha[..., :, None] + edge, -2))
         if present is not None:
             gain, moved = jnp.where(present, gain, 0.0), jnp.where(present[..., None], moved, alpha)
         return moved, (moved, gain)
@@ -68,7 +68,7 @@ def _forward(node, function, inputs, mask, blocks):
     last, (rest, gains) = scan_reading_ahead(step, before, (nodes, present, inputs))
     last = last if of_blocks is None else last[-1]
     # XLA adds up an array in a tree. A total that grew from step to step would be rounded T times: in float32, at 200,000
-    # steps, half a nat. A chain that ends without mass has no weights, whatever the points before the end had: then this
+    # steps, half a nat. A chain that ends without mass has no weights, whatever the time steps before the end had: then this
     # is -inf.
     log_z = first + blocks.join(gains).sum(0) + logsumexp(last, -1)
     return log_z, jnp.concatenate([start[None], blocks.join(rest)]), of_blocks
@@ -96,9 +96,9 @@ def log_sum_of_trajectories(
 
     No factor exceeds 1; and there is one exponential a pair, where the derivative of the forward pass has two.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
+    :param mask: which time steps are present.
     :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: the log normalizer of each chain of the batch. It has derivatives of any order, in reverse mode.
     """
@@ -120,9 +120,9 @@ def log_sum_and_weights(
 
     The gradient is computed along with the value and kept. It cannot be differentiated again, and the weights are constants.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
+    :param mask: which time steps are present.
     :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: the sum of the log normalizers, log weights.
     """
@@ -178,11 +178,11 @@ def _both_ways(node, edge, mask, blocks):
 
             edge, pull = jax.vjp(block, real, constants)
             node, edge = _without_absent(present, node, edge)
-            largest, on = less_largest(edge + (node + beta)[..., None, :])
+            largest, on = shift_by_max(edge + (node + beta)[..., None, :])
             shares = jnp.exp(on)
             total = shares.sum(-1)
             some = jnp.where(total > 0, total, 1.0)
-            _, before = less_largest(jnp.where(total > 0, largest + jnp.log(some), -jnp.inf))
+            _, before = shift_by_max(jnp.where(total > 0, largest + jnp.log(some), -jnp.inf))
             before = before if present is None else jnp.where(present[..., None], before, beta)
             log_weights = scaled(alpha + before)[1]
             pairs = shares * (cotangent[..., None] * jnp.exp(log_weights) / some)[..., None]
@@ -252,17 +252,17 @@ def backward(
     mask: Bool[Array, "T *batch"] | None,
     number_of_blocks: int = 1,
 ) -> Float[Array, "T *batch K"]:
-    """Backwards over the points, for losses on the weights.
+    """Backwards over the time steps, for losses on the weights.
 
     Differentiated through `jax.grad`, the gradient of :func:`log_sum_of_trajectories` would keep all S blocks of K x K,
     checkpointed or not.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
+    :param mask: which time steps are present.
     :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: beta, the log of the total weight of all ends of trajectories from each particle on, up to a constant of each
-        point.
+        time step.
     """
     blocks = Blocks(len(node) - 1, number_of_blocks)
     function, inputs = lazy(edge)
@@ -274,7 +274,7 @@ def backward(
         node, present, edge_inputs = inputs
         edge = function(edge_inputs)
         node, edge = _without_absent(present, node, edge)
-        _, moved = less_largest(logsumexp(edge + (node + beta)[..., None, :], -1))
+        _, moved = shift_by_max(logsumexp(edge + (node + beta)[..., None, :], -1))
         moved = moved if present is None else jnp.where(present[..., None], moved, beta)
         return moved, moved
 

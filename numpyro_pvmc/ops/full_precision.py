@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 
-def precise(function: Callable[..., Any]) -> Callable[..., Any]:
+def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """Multiply matrices in full precision, in the derivatives of the function, too.
 
     :param function: of arrays. If it calls a user's program, what that multiplies is in full precision, too.

@@ -1,9 +1,9 @@
 """Refit Gaussians to weighted particles.
 
-The Gaussian nearest to a law in inclusive Kullback-Leibler divergence has its mean and covariance, and weighted particles
-estimate both.
+The Gaussian nearest to a distribution in inclusive Kullback-Leibler divergence has its mean and covariance, and weighted
+particles estimate both.
 
-Shapes: N points of a chain, K particles, D coordinates; `plates` are independent series.
+Shapes: N time steps of a chain, K particles, D coordinates; `plates` are independent series.
 """
 
 import math
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 
 
 class Moments(NamedTuple):
-    """A Gaussian for each point and series.
+    """A Gaussian for each time step and series.
 
     `factor` has shape ``(N, *plates, D)``, standard deviations, or ``(N, *plates, D, D)``, Cholesky factors of covariances.
     """
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
         return self.factor.ndim > self.mean.ndim
 
 
-@precise
+@full_precision
 def refit(
     old: Moments,
     coordinates: Float[Array, "N *plates K D"],
@@ -81,7 +81,7 @@ def refit(
 
 
 def widening(num_particles: int, dimensions: int, particles: str = "rqmc") -> float:
-    """How much larger the variance of a proposal should be than that of the law it is for.
+    """How much larger the variance of a proposal should be than that of the distribution it is for.
 
     Few particles make too little of the tails, and the next are drawn from what they made of them. And quasi-random particles
     integrate best what vanishes at the ends of the unit cube, as the quotient of a density and a wider one does (Pan, Ouyang &

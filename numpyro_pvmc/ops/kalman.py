@@ -1,7 +1,7 @@
 """Filter, smooth and draw from a linear-Gaussian chain given its matrices.
 
 For one series: :math:`u_t = F_t u_{t-1} + c_t + N(0, Q_t)` and :math:`y_t = H_t u_t + d_t + N(0, R_t)`. The first row, whose F
-is zero, is the beginning. An element of y that is missing is NaN.
+is zero, is the initial step. An element of y that is missing is NaN.
 """
 
 from typing import Any, NamedTuple
@@ -32,14 +32,14 @@ class Matrices(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """A Gaussian law at each time."""
+    """A Gaussian distribution at each time."""
 
     mean: jax.Array  # (N, D)
     root: jax.Array  # (N, D, D)
 
 
 class Smoothed(NamedTuple):
-    """What is known of a chain; `backward` is the law of each state given the next: offset, gain and root."""
+    """What is known of a chain; `backward` is the distribution of each state given the next: offset, gain and root."""
 
     log_evidence: jax.Array
     filtered: Gaussians
@@ -92,7 +92,7 @@ def smooth(chain: Matrices) -> Smoothed:
 def trajectory(backward: Any, noise: jax.Array) -> jax.Array:
     """One joint draw of all states, backwards in time.
 
-    :param backward: laws of each state given the next; axes between those of time and of states are series.
+    :param backward: distributions of each state given the next; axes between those of time and of states are series.
     :param noise: independent standard Normal numbers, shaped like the states.
     :return: the states.
     """

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from numpyro_pvmc.ops.chunks import in_parts
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -92,7 +92,7 @@ def _scaled(x, axis):
     return jnp.exp(x - largest), largest
 
 
-_matmul = precise(jnp.matmul)
+_matmul = full_precision(jnp.matmul)
 
 
 def _fits(a, b, sums):
@@ -144,7 +144,7 @@ def finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(jnp.isneginf(x), 0.0, x)
 
 
-def less_largest(x: Float[Array, "*any"], axis: int | tuple[int, ...] = -1) -> tuple[Float[Array, "..."], Float[Array, "*any"]]:
+def shift_by_max(x: Float[Array, "*any"], axis: int | tuple[int, ...] = -1) -> tuple[Float[Array, "..."], Float[Array, "*any"]]:
     """The largest element, and the elements less it, as constants: where they are added up again, they cancel in a gradient.
 
     Weights carried with their scale grow with the length of a chain, and in float32 the differences between them, which are all

@@ -1,6 +1,6 @@
 """Sum over all trajectories of a chain: log normalizer, marginals, draws.
 
-A chain of T points has K particles at each point. The weight of the trajectory through particles ``k_1 .. k_T`` is the
+A chain of T time steps has K particles at each time step. The weight of the trajectory through particles ``k_1 .. k_T`` is the
 exponential of ``sum_t node[t, k_t] + sum_t edge[t, k_t, k_{t+1}]``. The log normalizer is the log of the sum of the weights
 of all K^T trajectories, by the recursion
 
@@ -8,9 +8,9 @@ of all K^T trajectories, by the recursion
 
 and everything else is its gradient: smoothing weights with respect to `node`, pairwise weights with respect to `edge`. (The
 logarithms of the former have a recursion of their own, which also holds what is too small for a number.)
-An absent point (`mask` false: padding) holds alpha.
+An absent time step (`mask` false: padding) holds alpha.
 
-Shapes: T points, S = T - 1 transitions, K particles; `edge[t, i, j]` goes from particle i at t to particle j at t + 1.
+Shapes: T time steps, S = T - 1 transitions, K particles; `edge[t, i, j]` goes from particle i at t to particle j at t + 1.
 """
 
 import math
@@ -37,7 +37,7 @@ METHODS = ("auto", "sequential", "blocked", "associative")
 
 
 class Marginals(NamedTuple):
-    """What the chain says of each point: weights are logarithms of numbers that sum to 1 over particles."""
+    """What the chain says of each time step: weights are logarithms of numbers that sum to 1 over particles."""
 
     log_normalizer: Float[Array, "*batch"]
     log_weights: Float[Array, "T *batch K"]
@@ -52,9 +52,9 @@ def log_normalizer(
 ) -> Float[Array, "*batch"]:
     """Log of the sum of the weights of all K^T trajectories.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions, as an array or as :class:`Edges`.
-    :param mask: which points are present; absent ones are held. All are present by default; the first one always is.
+    :param mask: which time steps are present; absent ones are held. All are present by default; the first one always is.
     :param method: ``"sequential"``, a scan of T steps of work K^2, memory O(T K); ``"blocked"``, about twice the root of T
         steps, of work T K^3 in all, memory O(T K) and a matrix for each block, or O(T K^2) for derivatives of weights;
         ``"associative"``, a tree of matrix products of work T K^3 and depth log T, memory O(T K^2); ``"auto"`` takes the
@@ -92,14 +92,14 @@ def marginals(
     mask: Bool[Array, "T *batch"] | None = None,
     method: str = "auto",
 ) -> Marginals:
-    """Smoothing and filtering weights of every point.
+    """Smoothing and filtering weights of every time step.
 
-    Absent points repeat the weights of the last point that is present. In a chain without any possible trajectory all log
-    weights are ``-inf``.
+    Absent time steps repeat the weights of the last time step that is present. In a chain without any possible trajectory all
+    log weights are ``-inf``.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
+    :param mask: which time steps are present.
     :param method: as for :func:`log_normalizer`.
     :return: log normalizer, log smoothing weights, log filtering weights.
     """
@@ -126,9 +126,9 @@ def log_normalizer_and_weights(
     The gradient is computed along with the value and kept, so it is there when it is asked for; it cannot be differentiated
     again, and the weights are constants.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
+    :param mask: which time steps are present.
     :param method: as for :func:`log_normalizer`.
     :return: sum of the log normalizers, log smoothing weights.
     """
@@ -147,11 +147,11 @@ def pairwise_marginals(
     mask: Bool[Array, "T *batch"] | None = None,
     method: str = "auto",
 ) -> Float[Array, "S *batch K K"]:
-    """Smoothing weights of every pair of particles of neighbouring points.
+    """Smoothing weights of every pair of particles of neighbouring time steps.
 
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present; the pair weights into an absent point are zero.
+    :param mask: which time steps are present; the pair weights into an absent time step are zero.
     :param method: as for :func:`log_normalizer`.
     :return: for each transition weights that sum to 1 over both particles.
     """
@@ -168,9 +168,9 @@ def sample_trajectories(
     """Draw whole trajectories, each with probability proportional to its weight.
 
     :param rng_key: random key.
-    :param node: potentials of the points.
+    :param node: potentials of the time steps.
     :param edge: potentials of the transitions.
-    :param mask: which points are present; an absent point repeats the particle's number of the point before.
+    :param mask: which time steps are present; an absent time step repeats the particle's number of the time step before.
     :param sample_shape: how many to draw.
     :return: numbers of particles, shape ``(*sample_shape, T, *batch)``.
     """
@@ -185,12 +185,12 @@ def sample_backward(
     mask: Bool[Array, "T *batch"] | None = None,
     sample_shape: tuple[int, ...] = (),
 ) -> Int[Array, "..."]:
-    """Draw whole trajectories from the last point backwards, given filtering weights (Godsill, Doucet & West 2004).
+    """Draw whole trajectories from the last time step backwards, given filtering weights (Godsill, Doucet & West 2004).
 
     :param rng_key: random key.
-    :param log_filtering_weights: as in :class:`Marginals`; any constant may be added to each point.
+    :param log_filtering_weights: as in :class:`Marginals`; any constant may be added to each time step.
     :param edge: potentials of the transitions.
-    :param mask: which points are present.
+    :param mask: which time steps are present.
     :param sample_shape: how many to draw.
     :return: numbers of particles, shape ``(*sample_shape, T, *batch)``.
     """

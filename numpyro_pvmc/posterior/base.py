@@ -112,7 +112,7 @@ def given(values: dict[str, jax.Array], what: str = "one draw") -> str:
 def derived(
     structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], rng_key: jax.Array
 ) -> dict[str, jax.Array]:
-    """Deterministic sites, and those that nothing else reads, which are drawn from their own laws.
+    """Deterministic sites, and those that nothing else reads, which are drawn from their own distributions.
 
     :param structure: the structure of the chain.
     :param model: a NumPyro program.

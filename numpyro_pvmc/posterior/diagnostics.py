@@ -27,8 +27,8 @@ class Health:
     With a leading axis, that of several, which are given different draws of the global sites.
 
     :param unknown: whether an evidence, or the weight of the global sites, is not a number.
-    :param lost_at: by series, the number of the first point at which no particle is possible, 0 being the initial step; -1 if
-        there is none.
+    :param lost_at: by series, the number of the first time step at which no particle is possible, 0 being the initial step; -1
+        if there is none.
     :param share: ``{site: in which share of steps and series the effective sample size is low}``.
     :param first: ``{site: the first time}``.
     :param least: ``{site: the least effective sample size}``.

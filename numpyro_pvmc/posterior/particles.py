@@ -21,7 +21,7 @@ from numpyro_pvmc.posterior.base import ChainPosterior, check_probabilities, der
 from numpyro_pvmc.posterior.diagnostics import check_drawable
 from numpyro_pvmc.program.arguments import Arguments, is_traced
 from numpyro_pvmc.program.compiled import for_each_model
-from numpyro_pvmc.program.structure import Structure, align, tidy, untidy
+from numpyro_pvmc.program.structure import Structure, align, from_canonical, to_canonical
 
 
 class Source(Protocol):
@@ -205,8 +205,8 @@ def smoothed_posterior(potentials: ChainPotentials, weighed: Marginals) -> Smoot
         totals = structure, potentials.node, potentials.edges
         smoothed |= probabilities_of_parts(*totals)
         filtered |= filtering_probabilities_of_parts(*totals, weighed.log_filtering_weights)
-    particles = {n: tidy(x, structure.initial[n], structure) for n, x in potentials.particles.initial.items()}
-    particles |= {n: tidy(x, structure.step[n], structure) for n, x in potentials.particles.steps.items()}
+    particles = {n: to_canonical(x, structure.initial[n], structure) for n, x in potentials.particles.initial.items()}
+    particles |= {n: to_canonical(x, structure.step[n], structure) for n, x in potentials.particles.steps.items()}
     return SmoothedPosterior(
         log_normalizer=weighed.log_normalizer,
         particles=particles,
@@ -238,7 +238,7 @@ def _sample(model, posterior, rng_key, sample_shape):
     structure = posterior.structure
     values = posterior.params | posterior.globals
     chain = read_chain(structure, model, posterior.arguments, values)
-    native = {n: untidy(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
+    native = {n: from_canonical(x, structure.sites[n], structure) for n, x in posterior.particles.items()}
     particles = Particles({n: native[n] for n in structure.initial}, {n: native[n] for n in structure.step})
     _, edges = target(chain, particles)
     mask = posterior.present
@@ -261,7 +261,7 @@ def _sample(model, posterior, rng_key, sample_shape):
             if jnp.issubdtype(picked.dtype, jnp.inexact):
                 event = picked.ndim - k_axis - is_possible.ndim
                 picked = jnp.where(is_possible.reshape(*is_possible.shape, *(1,) * event), picked, jnp.nan)
-            sites[name] = untidy(picked, structure.sites[name], structure)
+            sites[name] = from_canonical(picked, structure.sites[name], structure)
         sites |= values_of_numbers(structure, numbers % states) | posterior.globals
         for name, x in parts.items():
             sites[name] = jnp.broadcast_to(align(x, structure.states[name], structure), sites[name].shape)

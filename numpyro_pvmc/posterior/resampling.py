@@ -93,10 +93,10 @@ def _placed(free, site):
     return biject_to(site["fn"].support)(free[name]) if name in free else None
 
 
-def _is_fixed(law):
-    while not isinstance(law, dist.Delta) and hasattr(law, "base_dist"):
-        law = law.base_dist
-    return isinstance(law, dist.Delta)
+def _is_fixed(distribution):
+    while not isinstance(distribution, dist.Delta) and hasattr(distribution, "base_dist"):
+        distribution = distribution.base_dist
+    return isinstance(distribution, dist.Delta)
 
 
 class Resampled(NamedTuple):
@@ -115,15 +115,15 @@ class Resampled(NamedTuple):
 class _Rounds(NamedTuple):
     """What was drawn in each round, and what from: the guide in the first, then one t after the other."""
 
-    laws: Moments
+    distributions: Moments
     points: jax.Array
     keys: jax.Array
     log_guide: jax.Array
     log_target: jax.Array
 
     def log_density_of_round(self, number):
-        law = _student(jax.tree.map(lambda x: x[number], self.laws))
-        return jnp.where(number == 0, self.log_guide, law.log_prob(self.points))
+        distribution = _student(jax.tree.map(lambda x: x[number], self.distributions))
+        return jnp.where(number == 0, self.log_guide, distribution.log_prob(self.points))
 
     def log_weights(self, begun):
         """Those of draws of the rounds that have been, one after the other."""
@@ -167,8 +167,8 @@ def resample_globals(
     def around(i, state):
         rounds, *_ = state
         key_points, key_draws, key_others, key_chosen = random.split(random.fold_in(key_rounds, i), 4)
-        law = jax.tree.map(lambda x: x[jnp.minimum(i, ROUNDS)], rounds.laws)
-        points = jnp.where(i == 0, start, _student(law).sample(key_points, (number,)))
+        distribution = jax.tree.map(lambda x: x[jnp.minimum(i, ROUNDS)], rounds.distributions)
+        points = jnp.where(i == 0, start, _student(distribution).sample(key_points, (number,)))
         keys = random.split(key_draws, number)
         # In the end those chosen are made again, with their own keys, so that there is never more than one round of them.
         chosen = systematic(key_chosen, rounds.log_weights(i), number)
@@ -181,10 +181,10 @@ def resample_globals(
         result, origins, log_target = lax.map(one, (keys, random.split(key_others, number), points))
         # Beyond their last round nothing is written.
         put = lambda x, new: x.at[i].set(new, mode="drop")
-        log_q = jnp.where(i == 0, origins.log_density, _student(law).log_prob(points))
-        fitted = refit(law, points[None], jax.nn.log_softmax(_known(log_target - log_q))[None])
+        log_q = jnp.where(i == 0, origins.log_density, _student(distribution).log_prob(points))
+        fitted = refit(distribution, points[None], jax.nn.log_softmax(_known(log_target - log_q))[None])
         rounds = _Rounds(
-            jax.tree.map(lambda x, new: x.at[i + 1].set(new, mode="drop"), rounds.laws, fitted),
+            jax.tree.map(lambda x, new: x.at[i + 1].set(new, mode="drop"), rounds.distributions, fitted),
             *map(put, rounds[1:], (points, keys, origins.log_density, log_target)),
         )
         return rounds, result, keys, origins.values
@@ -192,8 +192,10 @@ def resample_globals(
     example = jax.eval_shape(one, (keys[0], keys[0], start[0]))
     empty = lambda shape, like: jnp.empty(shape + like.shape, like.dtype)
     of_rounds = lambda like: jnp.zeros((ROUNDS + 1, number, *like.shape), like.dtype)
-    laws = jax.tree.map(lambda x: jnp.broadcast_to(x, (ROUNDS + 1, *x.shape)), _gaussian(start))
-    rounds = _Rounds(laws, of_rounds(start[0]), jnp.broadcast_to(keys, (ROUNDS + 1, number)), *2 * [of_rounds(example[2])])
+    distributions = jax.tree.map(lambda x: jnp.broadcast_to(x, (ROUNDS + 1, *x.shape)), _gaussian(start))
+    rounds = _Rounds(
+        distributions, of_rounds(start[0]), jnp.broadcast_to(keys, (ROUNDS + 1, number)), *2 * [of_rounds(example[2])]
+    )
     result, values = (jax.tree.map(functools.partial(empty, (number,)), x) for x in (example[0], example[1].values))
     rounds, result, keys, values = lax.fori_loop(0, ROUNDS + 2, around, (rounds, result, keys, values))
     return Resampled(result, keys, values, rounds.log_weights(ROUNDS + 1))

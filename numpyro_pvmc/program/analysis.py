@@ -1,7 +1,7 @@
 """Find the structure of the Markov chain of a program, or say what is not Markov about it.
 
 What depends on what is asked of the program as of any function (`dependence`): which leaves of the carry are state and
-which are clocks, which sites before the scan are the chain's beginning and which are global, which factors read the
+which are clocks, which sites before the scan are the chain's initial step and which are global, which factors read the
 previous state, which sites nothing reads.
 """
 
@@ -16,7 +16,7 @@ from jax import random
 
 from numpyro_pvmc.jaxprs.dependence import influence
 from numpyro_pvmc.program.arguments import Arguments, signature
-from numpyro_pvmc.program.distributions import base_law, is_bounded, mask_of
+from numpyro_pvmc.program.distributions import base_distribution, is_bounded, mask_of
 from numpyro_pvmc.program.find_chain import capture, check_continuous, choose_chain, first, survey, unknown, with_carry_dtypes
 from numpyro_pvmc.program.handlers import is_latent, log_prob, run, run_body
 from numpyro_pvmc.program.holds import check_masks
@@ -84,7 +84,7 @@ def _analyse(model, arguments, values):
     global_sites = tuple(name for name in outside_latent if name not in initial and name not in imputed)
     check_continuous({name: outside[name] for name in global_sites if name in outside})
     initial_factors = tuple(
-        name for name in observed if name not in later and any(outer[site]["laws"][name] for site in initial)
+        name for name in observed if name not in later and any(outer[site]["distributions"][name] for site in initial)
     )
     factors = {name: site for name, site in chain.sites.items() if site["type"] == "sample" and name not in free}
     edge_factors = tuple(name for name in factors if any(reads[i]["factors"][name] for i in state))
@@ -120,7 +120,7 @@ def _latent(site):
     border, max_count = len(shape) - fn.event_dim, declared_max_count(site)
     is_discrete = fn.support is not None and fn.support.is_discrete
     unlisted = ""
-    if is_discrete and base_law(fn).event_shape:
+    if is_discrete and base_distribution(fn).event_shape:
         unlisted = "is one of vectors"
     elif is_discrete and max_count is None and limits(fn)[1] is math.inf:
         unlisted = "has no end"
@@ -139,7 +139,7 @@ def _latent(site):
 
 def _support(fn):
     """The values of one element of a discrete distribution, if they are finitely many, and constants of the program."""
-    fn = base_law(fn)
+    fn = base_distribution(fn)
     if not fn.has_enumerate_support or fn.event_shape:
         return None
     try:
@@ -218,9 +218,9 @@ def _messages_of_kept(pair, reads, paths, chain, state):
         return {"window": begin + blocks, "other": begin + blocks}
     if not any(reads[i]["factors"][name] for i in state for name in latent):
         other = (
-            f"{begin}`{paths[int(old)]}` before it and on {latent}, and the laws of {latent} do not read the carry: this is a "
-            "non-centred recursion, in which the whole past enters every step. Write the centred form, with the new state "
-            "itself as the sample site (and without `LocScaleReparam`)."
+            f"{begin}`{paths[int(old)]}` before it and on {latent}, and the distributions of {latent} do not read the carry: "
+            "this is a non-centred recursion, in which the whole past enters every step. Write the centred form, with the new "
+            "state itself as the sample site (and without `LocScaleReparam`)."
         )
         return {"window": window, "other": other}
     other = (
@@ -254,7 +254,7 @@ def _outer_influence(model, arguments, values, chain, outside_latent):
             return carry, stacked, {}
 
         sites = run(model, arguments, {**values, **latent}, random.key(0), at_scan)
-        read["laws"] = {name: log_prob(site) for name, site in sites.items() if site["type"] == "sample"}
+        read["distributions"] = {name: log_prob(site) for name, site in sites.items() if site["type"] == "sample"}
         return read
 
     return influence(outer, outside_latent)
@@ -270,7 +270,7 @@ def _initial_sites(outer, is_clock):
 
     initial = [name for name, read in outer.items() if is_initial(read)]
     while read_by_global := [
-        name for name in initial if any(outer[name]["laws"].get(other) for other in outer if other not in initial)
+        name for name in initial if any(outer[name]["distributions"].get(other) for other in outer if other not in initial)
     ]:
         initial = [name for name in initial if name not in read_by_global]
     return tuple(initial)
@@ -300,7 +300,9 @@ def _later_sites(model, arguments, values, chain, outside_latent, reads, state, 
 
     read = influence(after, parts)
     later = tuple(name for name in latent if any(read[i][name] for i in range(len(outputs))))
-    imputed = tuple(name for name in later if latent[name] and not any(jax.tree.leaves(_without_own_law(outer[name], name))))
+    imputed = tuple(
+        name for name in later if latent[name] and not any(jax.tree.leaves(_without_own_distribution(outer[name], name)))
+    )
     later = tuple(name for name in later if name not in imputed)
     for name in latent:
         if read["last"][name]:
@@ -322,8 +324,8 @@ def _later_sites(model, arguments, values, chain, outside_latent, reads, state, 
     return later, imputed
 
 
-def _without_own_law(read, name):
-    return read | {"laws": {other: is_read for other, is_read in read["laws"].items() if other != name}}
+def _without_own_distribution(read, name):
+    return read | {"distributions": {other: is_read for other, is_read in read["distributions"].items() if other != name}}
 
 
 def _series(latent, sites):

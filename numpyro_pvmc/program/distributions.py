@@ -10,10 +10,10 @@ from numpyro.distributions import constraints
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 
 
-def base_law(fn: dist.Distribution) -> dist.Distribution:
-    """The law inside of those that only expand, mask or regroup the axes of another.
+def base_distribution(fn: dist.Distribution) -> dist.Distribution:
+    """The distribution inside of those that only expand, mask or regroup the axes of another.
 
-    :param fn: a law.
+    :param fn: a distribution.
     """
     while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
@@ -21,22 +21,22 @@ def base_law(fn: dist.Distribution) -> dist.Distribution:
 
 
 def base_support(fn: dist.Distribution) -> constraints.Constraint | None:
-    """The constraint on single draws of a law, if there is one that its own parameters tell.
+    """The constraint on single draws of a distribution, if there is one that its own parameters tell.
 
-    :param fn: a law.
+    :param fn: a distribution.
     """
-    support = base_law(fn).support
+    support = base_distribution(fn).support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return None if constraints.is_dependent(support) else support
 
 
 def is_bounded(fn: dist.Distribution) -> bool:
-    """Whether a law does not have all real numbers; angles count as if they had.
+    """Whether a distribution does not have all real numbers; angles count as if they had.
 
-    Of a law that is transformed by several steps this is what the last step says, which may not know of the others.
+    Of a distribution that is transformed by several steps this is what the last step says, which may not know of the others.
 
-    :param fn: a law.
+    :param fn: a distribution.
     """
     # Bounds may be traced, and are not compared.
     return all(base_support(fn) is not free for free in (None, constraints.real, constraints.circular))

@@ -15,7 +15,7 @@ from jax import lax, random
 from numpyro.handlers import seed
 
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.distributions import base_law
+from numpyro_pvmc.program.distributions import base_distribution
 from numpyro_pvmc.program.handlers import AtScan, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
 
 _KEY = 0  # the seed of abstract runs, whose draws are never used
@@ -41,7 +41,7 @@ def survey(model: Callable, arguments: Arguments, values: dict[str, Any]) -> tup
     :param arguments: what it is called with.
     :param values: values of parameters.
     :return: its scans in order, and the sites outside of them.
-    :raises ValueError: if an observed value does not fit its law, or a scan its inputs.
+    :raises ValueError: if an observed value does not fit its distribution, or a scan its inputs.
     """
     met = []
 
@@ -254,18 +254,21 @@ def _check_observation(site: Site) -> None:
         return
     if jnp.iscomplexobj(site["value"]):
         raise ValueError(
-            f"Site '{site['name']}' is observed with complex numbers, of which laws have no density. Pass two sites."
+            f"Site '{site['name']}' is observed with complex numbers, of which distributions have no density. Pass two sites."
         )
-    value_shape, law_shape = jnp.shape(site["value"]), tuple(site["fn"].shape())
+    value_shape, distribution_shape = jnp.shape(site["value"]), tuple(site["fn"].shape())
     try:
-        # NumPyro broadcasts what is short of axes, but stacked over time more axes than the law's would be other axes.
-        fits = jnp.broadcast_shapes(value_shape, law_shape) == value_shape and len(value_shape) == len(law_shape)
+        # NumPyro broadcasts what is short of axes, but stacked over time more axes than the distribution's would be other axes.
+        fits = jnp.broadcast_shapes(value_shape, distribution_shape) == value_shape and len(value_shape) == len(
+            distribution_shape
+        )
     except ValueError:
         fits = False
     if not fits:
         raise ValueError(
-            f"Site '{site['name']}' is observed with a value of shape {value_shape}, but its law has shape {law_shape}. "
-            "The data of one step need the shape of one step; time is the leading axis of the inputs of `scan`."
+            f"Site '{site['name']}' is observed with a value of shape {value_shape}, but its distribution has shape "
+            f"{distribution_shape}. The data of one step need the shape of one step; time is the leading axis of the inputs "
+            "of `scan`."
         )
 
 
@@ -293,10 +296,11 @@ def _check_form(chain):
                 "every step. Build it once, before the scan, and enter it in the body."
             )
     for name, site in chain.latent.items():
-        if isinstance(base_law(site["fn"]), dist.Delta):
+        if isinstance(base_distribution(site["fn"]), dist.Delta):
             raise ValueError(
-                f"Latent site '{name}' of the scan has a `Delta` law: a step without noise has no density, and no particle "
-                "but its own can be reached. Give every component of the state some noise, or compute it from the state."
+                f"Latent site '{name}' of the scan has a `Delta` distribution: a step without noise has no density, and no "
+                "particle but its own can be reached. Give every component of the state some noise, or compute it from the "
+                "state."
             )
 
 

@@ -17,7 +17,7 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.distributions import base_law, mask_of
+from numpyro_pvmc.program.distributions import base_distribution, mask_of
 
 Site = dict[str, Any]
 Sites = dict[str, Site]
@@ -85,7 +85,9 @@ class AtScan(Messenger):
             # Before NumPyro draws indices: on an accelerator its way of drawing them fails with words of its own.
             if size is not None and size > total:
                 raise ValueError(f"The plate '{msg['name']}' has {total} elements, fewer than its `subsample_size={size}`.")
-        elif msg["type"] == "sample" and msg["value"] is None and isinstance(base_law(msg["fn"]), dist.ImproperUniform):
+        elif (
+            msg["type"] == "sample" and msg["value"] is None and isinstance(base_distribution(msg["fn"]), dist.ImproperUniform)
+        ):
             raise ValueError(
                 f"Latent site '{msg['name']}' outside the scan has an `ImproperUniform` distribution, of which nothing can be "
                 "drawn, and the chain has no evidence under it. Give it a proper one, such as a wide Normal."
@@ -227,10 +229,10 @@ def batch_shapes(sites: Sites, length: int) -> Shapes:
 
 class _InBody(Messenger):
     def process_message(self, msg):
-        if msg["type"] == "sample" and msg["value"] is None and isinstance(base_law(msg["fn"]), dist.ImproperUniform):
+        if msg["type"] == "sample" and msg["value"] is None and isinstance(base_distribution(msg["fn"]), dist.ImproperUniform):
             raise ValueError(
-                f"Latent site '{msg['name']}' of the scan has an `ImproperUniform` law, of which nothing can be drawn. Give it "
-                "a proper one, such as a wide Normal."
+                f"Latent site '{msg['name']}' of the scan has an `ImproperUniform` distribution, of which nothing can be "
+                "drawn. Give it a proper one, such as a wide Normal."
             )
         if msg["type"] == "prng_key":
             raise ValueError(

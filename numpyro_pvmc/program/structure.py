@@ -62,11 +62,11 @@ class Structure(NamedTuple):
     A *factor* is a site of which the chain has a log density: a latent site, or an observed one. Latent sites of the chain are
     those that have particles, `initial_sites` and `step_sites`, and those that are summed over all their values,
     `initial_states` and `step_states`. `free_sites` are latent sites that nothing else reads: they have no density here, and
-    are drawn from their own laws. `subsampled` are the plates that draw a minibatch. `carry_dtypes` are the types of the leaves
-    of the carry. `by_value` are the arguments of the program whose numbers bound a count, by their places: with other numbers
-    the structure is another. `sum_of` are two counts of a step of which all that is read is their sum; the density of the first
-    may read the state. `parameters` are those of the program, with what they look like, and `outside` the names of all other
-    sites outside of the scan.
+    are drawn from their own distributions. `subsampled` are the plates that draw a minibatch. `carry_dtypes` are the types of
+    the leaves of the carry. `by_value` are the arguments of the program whose numbers bound a count, by their places: with
+    other numbers the structure is another. `sum_of` are two counts of a step of which all that is read is their sum; the
+    density of the first may read the state. `parameters` are those of the program, with what they look like, and `outside` the
+    names of all other sites outside of the scan.
     """
 
     scan_index: int
@@ -102,7 +102,7 @@ class Structure(NamedTuple):
 
     @property
     def initial(self) -> dict[str, Latent]:
-        """Latent sites of the chain's beginning that have particles, by name."""
+        """Latent sites of the chain's initial step that have particles, by name."""
         return {site.name: site for site in self.initial_sites}
 
     @property
@@ -133,7 +133,7 @@ class Structure(NamedTuple):
 
     @property
     def initial_latents(self) -> tuple[Latent, ...]:
-        """All latent sites of the chain's beginning."""
+        """All latent sites of the chain's initial step."""
         return self.initial_sites + self.initial_states
 
     @property
@@ -255,7 +255,7 @@ def _axes(latent: Latent, structure: Structure):
     return plates + others + list(range(border, len(latent.shape)))
 
 
-def tidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
+def to_canonical(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
     """Move plates to the front of a site's axes, and drop batch axes of one element that are no plate.
 
     :param x: an array whose trailing axes are those that the model gives the site.
@@ -269,8 +269,8 @@ def tidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
     return x.transpose(order).reshape(x.shape[:leading] + tuple(latent.shape[axis] for axis in axes))
 
 
-def untidy(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
-    """Undo :func:`tidy`.
+def from_canonical(x: jax.Array, latent: Latent, structure: Structure) -> jax.Array:
+    """Undo :func:`to_canonical`.
 
     :param x: an array of shape ``(..., *plates, *event)``.
     :param latent: a site of the chain.

@@ -11,7 +11,7 @@ from numpyro_pvmc.chain.enumeration import of_particles
 from numpyro_pvmc.chain.minibatch import draw_indices
 from numpyro_pvmc.chain.potentials import tempered
 from numpyro_pvmc.chain.reading import read_structure
-from numpyro_pvmc.guides.checks import Form
+from numpyro_pvmc.guides.checks import GuideKind
 from numpyro_pvmc.guides.quasirandom import check_particles
 from numpyro_pvmc.infer.objective import ChainELBO, Phase, TrainingStep
 from numpyro_pvmc.infer.schedule import growth, warm_up
@@ -38,10 +38,10 @@ class ImportanceSmoothedELBO(ChainELBO):
     :param method: how trajectories are summed, ``"sequential"``, ``"blocked"``, ``"associative"`` or ``"auto"``; see
         :func:`numpyro_pvmc.ops.smoothing.log_normalizer`.
     :param particles: ``"rqmc"``, draws of a step that are evenly spread, which keeps the estimate unbiased and makes it several
-        times more accurate (:mod:`numpyro_pvmc.guides.quasirandom`); where the guide's law has no quantile function they are
-        independent, and a warning says so. ``"iid"``, independent draws.
+        times more accurate (:mod:`numpyro_pvmc.guides.quasirandom`); where the guide's distribution has no quantile function
+        they are independent, and a warning says so. ``"iid"``, independent draws.
     :param gradient_scale: ``{site: number or schedule}``: what the gradient of the log density of a site of the model is
-        multiplied by, its value unchanged; for instance less than 1 for the transition at the beginning of training. A
+        multiplied by, its value unchanged; for instance less than 1 for the transition at the start of training. A
         schedule is a function of the number of the update, as Optax has them, and needs :class:`numpyro_pvmc.PVMC`.
     :raises ValueError: for a choice that does not exist.
 
@@ -97,7 +97,7 @@ class ImportanceSmoothedELBO(ChainELBO):
         self.particles = particles
         self.gradient_scale = dict(gradient_scale or {})
 
-    def schedule(self, num_steps: int, kind: Form) -> list[Phase]:
+    def schedule(self, num_steps: int, kind: GuideKind) -> list[Phase]:
         """How a run that starts cold goes: a refitted guide warms up, and for others K grows."""
         if kind.refitted_by:
             return [Phase(num_steps, warm_up=warm_up(num_steps))]
@@ -210,7 +210,7 @@ def refitted_state(proposed: Proposed, log_weights: jax.Array | None, particles:
     """Mutable state after an evaluation, that of refitted guides among it.
 
     :param proposed: particles, potentials, mutable state before.
-    :param log_weights: logs of the smoothing weights of its points, if a guide is to be refitted.
+    :param log_weights: logs of the smoothing weights of its time steps, if a guide is to be refitted.
     :param particles: how particles are drawn.
     """
     potentials, state = proposed.potentials, proposed.potentials.mutable_state

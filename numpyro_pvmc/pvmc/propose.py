@@ -13,7 +13,7 @@ from numpyro_pvmc.chain.chain import presence, read_chain
 from numpyro_pvmc.chain.densities import particles_of
 from numpyro_pvmc.chain.enumeration import at_points
 from numpyro_pvmc.chain.potentials import ChainPotentials, chain_potentials
-from numpyro_pvmc.guides.checks import Refitted, check_guide, proposal_log_densities
+from numpyro_pvmc.guides.checks import AdaptiveGuide, check_guide, proposal_log_densities
 from numpyro_pvmc.guides.draws import draw, sites_to_draw
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.structure import Structure, align
@@ -30,7 +30,7 @@ class Proposed(NamedTuple):
 
     potentials: ChainPotentials
     slack: jax.Array
-    refitted_by: tuple[Refitted, ...] = ()
+    refitted_by: tuple[AdaptiveGuide, ...] = ()
 
 
 def propose(

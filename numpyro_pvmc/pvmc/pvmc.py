@@ -139,9 +139,9 @@ class PVMC(ChainSVI):
 
         Pass the result to :class:`numpyro.infer.Predictive`, with a longer time axis for forecasts. Global sites are draws of
         their guide, each with particles of its own. With `resample` they are draws of their posterior: chosen by p Z / q, their
-        importance weights, where Z is the estimate of the evidence, from draws of the guide and of wider laws fitted to these
-        (:mod:`numpyro_pvmc.posterior.resampling`). As the number of draws grows the joint law becomes the posterior, whatever
-        the guide. That serves a few global sites, not hundreds, and costs as much as six times the draws.
+        importance weights, where Z is the estimate of the evidence, from draws of the guide and of wider distributions fitted
+        to these (:mod:`numpyro_pvmc.posterior.resampling`). As the number of draws grows the joint distribution becomes the
+        posterior, whatever the guide. That serves a few global sites, not hundreds, and costs as much as six times the draws.
 
         The other arguments, errors and warnings are those of :meth:`posterior`.
 

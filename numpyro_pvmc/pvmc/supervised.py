@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.semiring import logsumexp
 from numpyro_pvmc.ops.smoothing import marginals
 from numpyro_pvmc.posterior.particles import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.structure import tidy
+from numpyro_pvmc.program.structure import to_canonical
 from numpyro_pvmc.pvmc.elbo import ImportanceSmoothedELBO, refitted_state
 
 GRADIENTS = ("reparam", "sticking")
@@ -31,7 +31,7 @@ class Error(Protocol):
     def __call__(self, weights: jax.Array, particles: jax.Array, truth: jax.Array) -> jax.Array: ...
 
 
-@precise
+@full_precision
 def squared_error(weights: jax.Array, particles: jax.Array, truth: jax.Array) -> jax.Array:
     """Squared Euclidean distance of the weighted mean from the truth.
 
@@ -97,10 +97,10 @@ class SupervisedELBO(ImportanceSmoothedELBO):
 
         mean over known times of error(weights, particles, truth)  -  bound * log Z / (T + 1)
 
-    and less ``bound * (log p - log q) / (T + 1)`` of the global sites, if there are any. T + 1 counts the points of the chain
-    as the program has them, padding included: the steps of the scan, and the beginning if it has a latent site, else T. Where
-    several sites are known at one time their errors add up. A series of which nothing is known has the error 0. With the
-    squared error this is the loss of the prey-predator experiment of the PVMC paper, ``-bound / 257 + squared error``.
+    and less ``bound * (log p - log q) / (T + 1)`` of the global sites, if there are any. T + 1 counts the time steps of the
+    chain as the program has them, padding included: the steps of the scan, and the initial step if it has a latent site, else
+    T. Where several sites are known at one time their errors add up. A series of which nothing is known has the error 0. With
+    the squared error this is the loss of the prey-predator experiment of the PVMC paper, ``-bound / 257 + squared error``.
 
     Give it a guide that reads the data. One with free means for each series and time, such as ``AutoNormal``, would move
     them onto the known states and learn nothing for other series.
@@ -271,7 +271,7 @@ def _mean_error(error: Error, posterior: SmoothedPosterior, truth: dict[str, jax
     known = jnp.zeros(errors.shape, bool)
     for name, states in truth.items():
         is_step = name in structure.step
-        states = tidy(states, structure.sites[name], structure)
+        states = to_canonical(states, structure.sites[name], structure)
         asked = _asked(error, states, int(is_step) + len(plates))
         if is_step and present is not None:
             asked = asked & present

@@ -10,7 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from floor import exponentials, pairs, seconds
 
-from linear_gaussian import SERIES, TRANSITIONS, law, simulate
+from linear_gaussian import SERIES, TRANSITIONS, distribution, simulate
 from oracles import kalman_filter, rts_smoother
 
 
@@ -36,21 +36,21 @@ def measure(benchmark):
 @pytest.fixture(scope="session")
 def data():
     """Of the linear-Gaussian experiment, (T + 1, series, D)."""
-    return jnp.asarray(simulate(law(), TRANSITIONS, SERIES)[1], jnp.float32)
+    return jnp.asarray(simulate(distribution(), TRANSITIONS, SERIES)[1], jnp.float32)
 
 
 @pytest.fixture(scope="session")
 def exact(data):
     """Its log evidence (series,) and smoothed means (T + 1, series, D), in NumPy."""
     y = np.asarray(data, float)
-    smoothed = [rts_smoother(law(), y[:, n]) for n in range(SERIES)]
+    smoothed = [rts_smoother(distribution(), y[:, n]) for n in range(SERIES)]
     return np.array([one.log_evidence for one in smoothed]), np.stack([one.means for one in smoothed], 1)
 
 
 @pytest.fixture(scope="session")
 def guide(data):
     """Its filter's marginals."""
-    moments = [kalman_filter(law(), np.asarray(data, float)[:, n]) for n in range(SERIES)]
+    moments = [kalman_filter(distribution(), np.asarray(data, float)[:, n]) for n in range(SERIES)]
     means = jnp.asarray(np.stack([one.means for one in moments], 1), jnp.float32)
     scales = jnp.sqrt(jnp.asarray(np.diagonal(moments[0].covariances, axis1=1, axis2=2), jnp.float32))[:, None]
 

@@ -89,7 +89,8 @@ def curves():
         "How cost grows",
         "One of T, K and B moves, the others stay at 500, 64 and 4, in units of E, against lines of slope 1, 2 and 1: the log",
         "normalizer and the smoothing weights of given particles; and whole calls, the posterior and the bound with its",
-        "gradient, in which are independent draws and laws, whose cost is linear in K. To JAX the processor is one device, and",
+        "gradient, in which are independent draws and distributions, whose cost is linear in K. To JAX the processor is one "
+        "device, and",
         "of few series one core does most of the work; as two devices with half of the series each, both cores do theirs",
         "(:doc:`choosing`).",
         "",

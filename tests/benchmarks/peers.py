@@ -104,8 +104,8 @@ def de_sequentialized(key, node, edge, x):
     """
     T, K = node.shape
     depth = int(np.ceil(np.log2(T)))
-    # A point by itself has the law of its proposal; observation and density enter where it is joined to the point before.
-    # Points that fill up the tree weigh the same whatever the others are.
+    # A point by itself has the distribution of its proposal; observation and density enter where it is joined to the point
+    # before. Points that fill up the tree weigh the same whatever the others are.
     edge = edge + node[1:, None, :] + jnp.log(K)
     edge = jnp.concatenate([edge, jnp.zeros((2**depth - T, K, K))])
     node = jnp.full((2**depth, K), -jnp.log(K)).at[0].set(node[0])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from floor import exponentials, pairs, seconds
 
-from linear_gaussian import guide, law, model, on_two_devices, simulate
+from linear_gaussian import distribution, guide, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.ops.smoothing import Edges, log_normalizer, marginals
@@ -26,7 +26,7 @@ ROUNDS = 9
 
 
 def of_given_particles(compute, place=lambda x: x):
-    """Sums over trajectories alone: their draws, and laws of single particles, are given."""
+    """Sums over trajectories alone: their draws, and distributions of single particles, are given."""
 
     def work(y, params, K):
         arguments = Arguments((y,), {})
@@ -67,7 +67,7 @@ def test_curve(benchmark, work, axis):
     calls, times = [], []
     for size in sizes:
         T, K, B = (OTHERS | {axis: size}).values()
-        y = jnp.asarray(simulate(law(), T, B)[1], jnp.float32)
+        y = jnp.asarray(simulate(distribution(), T, B)[1], jnp.float32)
         params = {"decay": jnp.float32(0.38), "loc": y / 2, "log_scale": jnp.full(y.shape, -0.3)}
         calls.append((WORK | SPREAD)[work](y, params, K))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from linear_gaussian import SERIES, TRANSITIONS, guide, law, model, on_two_devices, simulate
+from linear_gaussian import SERIES, TRANSITIONS, distribution, guide, model, on_two_devices, simulate
 from numpyro_pvmc import PVMC, ImportanceSmoothedELBO
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.guides.draws import draw, sites_to_draw
@@ -27,7 +27,7 @@ AUTHORS = (
 
 @pytest.fixture(scope="module")
 def y():
-    return jnp.asarray(simulate(law(), TRANSITIONS, SERIES)[1], jnp.float32)
+    return jnp.asarray(simulate(distribution(), TRANSITIONS, SERIES)[1], jnp.float32)
 
 
 @pytest.fixture(scope="module")

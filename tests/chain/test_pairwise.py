@@ -1,4 +1,4 @@
-"""Log densities of pairs that are put together from laws and values, against those of every pair by itself."""
+"""Log densities of pairs that are put together from distributions and values, against those of every pair by itself."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ K, N = 4, 3
 TRIL = np.array([[0.7, 0.0, 0.0], [0.2, 0.5, 0.0], [-0.1, 0.3, 0.9]])
 positive = lambda x: jax.nn.softplus(x) + 0.1
 
-# Laws of the state after, given the state before and a parameter; and whether they are put together.
+# Distributions of the state after, given the state before and a parameter; and whether they are put together.
 LAWS = {
     "normal": (lambda x, a: dist.Normal(a * x, 0.3).to_event(1), True),
     "normal_whose_scale_moves": (lambda x, a: dist.Normal(a * x, positive(a * x)).to_event(1), True),
@@ -63,14 +63,14 @@ def mixture(loc):
     )
 
 
-def chain_of(law, mask=None):
+def chain_of(distribution, mask=None):
     def model(a, seen=None):
         def step(x_prev, now):
             with handlers.mask(mask=True if seen is None else now):
-                x = numpyro.sample("x", law(x_prev[..., :N], a))
+                x = numpyro.sample("x", distribution(x_prev[..., :N], a))
             return x, None
 
-        size = law(jnp.ones(N), 0.5).event_shape[0]
+        size = distribution(jnp.ones(N), 0.5).event_shape[0]
         scan(step, jnp.full(size, 0.4), seen, length=2)
 
     arguments = Arguments((jnp.asarray(0.6), mask))
@@ -84,9 +84,11 @@ def chain_of(law, mask=None):
     return blocks
 
 
-def values(law):
-    size = law(jnp.ones(N), 0.5).event_shape
-    draws = jax.vmap(jax.vmap(lambda key: law(jnp.full(N, 0.4), 0.6).sample(key)))(jax.random.split(jax.random.key(0), (2, K)))
+def values(distribution):
+    size = distribution(jnp.ones(N), 0.5).event_shape
+    draws = jax.vmap(jax.vmap(lambda key: distribution(jnp.full(N, 0.4), 0.6).sample(key)))(
+        jax.random.split(jax.random.key(0), (2, K))
+    )
     assert draws.shape == (2, K, *size)
     return draws
 
@@ -104,29 +106,29 @@ def both(monkeypatch, blocks, a, x):
 
 
 @pytest.fixture(autouse=True)
-def put_together(pytestconfig):
+def closed_form(pytestconfig):
     if pytestconfig.getoption("pair_by_pair"):
         pytest.skip("of densities that this run does without")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONGER)) for name in LAWS])
 def test_equal_those_of_every_pair(x64, monkeypatch, name):
-    law, is_apart = LAWS[name]
+    distribution, is_apart = LAWS[name]
     seen = []
     read = densities.read_pair
     monkeypatch.setattr(densities, "read_pair", lambda *site: seen.append(read(*site)) or seen[-1])
-    ours, generic = both(monkeypatch, chain_of(law), jnp.asarray(0.6), values(law))
+    ours, generic = both(monkeypatch, chain_of(distribution), jnp.asarray(0.6), values(distribution))
     assert ours[0].shape == (2, K, K)
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-10, atol=1e-10), ours, generic)
-    # The first look is abstract; what is put together is read again, for laws and for values.
+    # The first look is abstract; what is put together is read again, for distributions and for values.
     assert (len(seen) > 4) == is_apart
 
 
 @pytest.mark.parametrize("name", ["normal", "multivariate", "student", "log_normal"])
 def test_masked_steps(x64, monkeypatch, name):
-    law, _ = LAWS[name]
+    distribution, _ = LAWS[name]
     mask = jnp.array([True, False])
-    ours, generic = both(monkeypatch, chain_of(law, mask), jnp.asarray(0.6), values(law))
+    ours, generic = both(monkeypatch, chain_of(distribution, mask), jnp.asarray(0.6), values(distribution))
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-10, atol=1e-10), ours, generic)
     assert (ours[0][1] == 0).all()
 
@@ -134,14 +136,14 @@ def test_masked_steps(x64, monkeypatch, name):
 @pytest.mark.parametrize("name", ["normal", "normal_whose_scale_moves", "multivariate"])
 def test_far_apart_in_single_precision(name):
     """Particles ten thousand noise scales apart: log densities keep their digits, and so does the gradient of near pairs."""
-    law, _ = LAWS[name]
+    distribution, _ = LAWS[name]
     centres = 3e3 * jnp.arange(K)[None, :, None] / 0.6
-    x = values(law) + centres
+    x = values(distribution) + centres
     found = {}
     for dtype in (jnp.float32, jnp.float64):
         with jax.enable_x64(dtype == jnp.float64):
             a, own = jnp.asarray(0.6, dtype), jnp.asarray(np.asarray(x), dtype)
-            block, pull = jax.vjp(jax.jit(chain_of(law)), a, own)
+            block, pull = jax.vjp(jax.jit(chain_of(distribution)), a, own)
             # Trajectories go on near where they are: pairs far apart have no weight.
             near = jnp.broadcast_to(jnp.eye(K, dtype=block.dtype) * (1 if name == "normal" else 0), block.shape)
             found[dtype] = [np.asarray(part, np.float64) for part in (block, *pull(near))]
@@ -153,12 +155,12 @@ def test_far_apart_in_single_precision(name):
 
 def test_gradient_far_from_zero_in_single_precision():
     """Particles near each other, and a million noise scales from the origin of the coordinates."""
-    law = lambda x, a: dist.Normal(x + a, 0.3).to_event(1)
-    x = np.asarray(values(law) + 3e5, np.float32)
+    distribution = lambda x, a: dist.Normal(x + a, 0.3).to_event(1)
+    x = np.asarray(values(distribution) + 3e5, np.float32)
     found = []
     for dtype in (np.float32, np.float64):
         with jax.enable_x64(dtype == np.float64):
-            block, pull = jax.vjp(jax.jit(chain_of(law)), jnp.asarray(0.25, dtype), jnp.asarray(x, dtype))
+            block, pull = jax.vjp(jax.jit(chain_of(distribution)), jnp.asarray(0.25, dtype), jnp.asarray(x, dtype))
             found.append(np.asarray(pull(jnp.exp(block - block.max()))[1], float))
     assert_allclose(found[0], found[1], atol=2e-3 * np.abs(found[1]).max())
 
@@ -166,25 +168,25 @@ def test_gradient_far_from_zero_in_single_precision():
 def test_what_reads_one_particle_is_evaluated_once_for_each():
     """No array of K x K x components of the transition's mean, nor anything of a network's width for pairs."""
     weights = jnp.ones((N, 17)), jnp.ones((17, N))
-    law = lambda x, a: dist.Normal(a * jnp.tanh(x @ weights[0]) @ weights[1], 0.3).to_event(1)
-    jaxpr = str(jax.make_jaxpr(chain_of(law))(jnp.asarray(0.6), values(law)))
+    distribution = lambda x, a: dist.Normal(a * jnp.tanh(x @ weights[0]) @ weights[1], 0.3).to_event(1)
+    jaxpr = str(jax.make_jaxpr(chain_of(distribution))(jnp.asarray(0.6), values(distribution)))
     assert "17]" in jaxpr
     assert f"{K},{K},17]" not in jaxpr
     assert f"{K},{K},{N}]" not in jaxpr
 
 
-def test_a_law_of_the_users_own():
+def test_a_distribution_of_the_users_own():
     class Cauchy(dist.Cauchy):
         pass
 
-    law = lambda x, a: Cauchy(a * x, 0.4).to_event(1)
-    plain = chain_of(law)(jnp.asarray(0.6), values(law))
+    distribution = lambda x, a: Cauchy(a * x, 0.4).to_event(1)
+    plain = chain_of(distribution)(jnp.asarray(0.6), values(distribution))
     calls = []
 
     def log_density(value, loc, scale):
         calls.append(value.shape)
         return dist.Cauchy(loc, scale).log_prob(value)
 
-    pair_form.register(Cauchy, lambda law: univariate(law, log_density))
-    assert_allclose(chain_of(law)(jnp.asarray(0.6), values(law)), plain, rtol=1e-5)
+    pair_form.register(Cauchy, lambda distribution: univariate(distribution, log_density))
+    assert_allclose(chain_of(distribution)(jnp.asarray(0.6), values(distribution)), plain, rtol=1e-5)
     assert calls

@@ -1,4 +1,6 @@
-"""NumPyro's checks of what laws are given, which are on by default, see no values but those that a program can have."""
+"""NumPyro's checks of what distributions are given, which are on by default, see no values but those that a program can
+have.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -176,8 +176,8 @@ def observed_after_with_the_start(y=None, T=None):
 
 def evidence_with_the_start(y):
     one = np.eye(2)
-    law = LinearGaussian(np.zeros(2), one, 0.4 * one, np.zeros(2), 0.6**2 * one, one, 0.5**2 * one)
-    return kalman_filter(law, y).log_evidence
+    distribution = LinearGaussian(np.zeros(2), one, 0.4 * one, np.zeros(2), 0.6**2 * one, one, 0.5**2 * one)
+    return kalman_filter(distribution, y).log_evidence
 
 
 def observed_after_shifted(y=None, T=None):
@@ -300,7 +300,7 @@ ENTRIES = (
         inputs=regressors,
         truth={"walk": np.array([0.1, 0.4]), "noise": 0.3},
         exact=evidence_of_regression,
-        wrong=Wrong("'slope' of the scan has a `Delta` law.*noise", model=regression_with_a_fixed_coefficient),
+        wrong=Wrong("'slope' of the scan has a `Delta` distribution.*noise", model=regression_with_a_fixed_coefficient),
     ),
     Entry(
         name="irregular_times",
@@ -330,7 +330,7 @@ ENTRIES = (
     ),
     Entry(
         name="learned_start",
-        about="learned law of the first state",
+        about="learned distribution of the first state",
         model=learned_start,
         truth={"mean_0": 3.0, "scale_0": 0.2},
         exact=lambda y: evidence(y, 0.0, 2.0, 0.9, 0.3, 0.5),

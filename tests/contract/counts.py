@@ -32,7 +32,7 @@ def guide_of_the_start_alone(y):
     numpyro.sample("x_0", dist.Normal(2.0, 0.5))
 
 
-# --- counts with more zeros than a Poisson law has
+# --- counts with more zeros than a Poisson distribution has
 
 
 def zero_inflated(y=None, T=None):

@@ -41,7 +41,7 @@ def deep_transition(y=None, T=None):
 
 
 def rotation(T=24):
-    """A noisy spiral: no law of the program's."""
+    """A noisy spiral: no distribution of the program's."""
     t = jnp.arange(T)
     clean = 2.0 * jnp.stack([jnp.cos(t / 2.0), jnp.sin(t / 2.0)], -1)
     return clean + 0.3 * jax.random.normal(jax.random.key(1), clean.shape)
@@ -93,7 +93,8 @@ ENTRIES = (
         plates={"series": 3},
         num_steps=60,
         wrong=Wrong(
-            r"'y' is observed with a value of shape \(3, 5\), but its law has shape \(3, 6\)", args=lambda y: (y[..., :5],)
+            r"'y' is observed with a value of shape \(3, 5\), but its distribution has shape \(3, 6\)",
+            args=lambda y: (y[..., :5],),
         ),
     ),
 )

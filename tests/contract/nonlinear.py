@@ -1,4 +1,4 @@
-"""Nonlinear dynamics and laws."""
+"""Nonlinear dynamics and distributions."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +114,7 @@ def bearings(y=None, T=None):
     concentration = numpyro.param("concentration", 30.0, constraint=positive)
     stations = jnp.array([[0.0, 0.0], [10.0, 0.0]])
     move = jnp.array([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    # The law of position and velocity after a unit of time under white acceleration, and jitter of the position.
+    # The distribution of position and velocity after a unit of time under white acceleration, and jitter of the position.
     spread = jnp.kron(jnp.array([[1 / 3, 1 / 2], [1 / 2, 1.0]]), jnp.eye(2))
     covariance = agility**2 * spread + 0.05**2 * jnp.diag(jnp.array([1.0, 1.0, 0.0, 0.0]))
 
@@ -163,7 +163,7 @@ ENTRIES = (
         model=lorenz,
         truth={"rho": 28.0, "noise": 0.5},
         num_particles=32,
-        wrong=Wrong("a `Delta` law.*independently at each time", guide=AutoMultivariateNormal),
+        wrong=Wrong("a `Delta` distribution.*independently at each time", guide=AutoMultivariateNormal),
     ),
     Entry(
         name="bearings",

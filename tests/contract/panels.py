@@ -72,7 +72,7 @@ def with_a_gap(y, present):
     return np.nan_to_num(y), present
 
 
-# --- series that are alike: each has a slope of its own, drawn from a law of all of them
+# --- series that are alike: each has a slope of its own, drawn from a distribution of all of them
 
 
 def hierarchical_panel(y=None, T=None):
@@ -166,7 +166,7 @@ ENTRIES = (
     ),
     Entry(
         name="hierarchical_panel",
-        about="a parameter for each series, with a law over series",
+        about="a parameter for each series, with a distribution over series",
         model=hierarchical_panel,
         guide=AutoNormal,
         num_steps=100,

@@ -48,7 +48,7 @@ def test_smooths_series_it_has_not_seen(learned):
 @pytest.mark.slow
 @pytest.mark.slow
 def test_missing_observations_look_like_the_ends_of_a_series(learned):
-    """A gap wider than the network sees parts a series into two, as the chain's law does almost."""
+    """A gap wider than the network sees parts a series into two, as the chain's distribution does almost."""
     guide, params = learned
 
     def with_gaps(y):

@@ -155,7 +155,7 @@ class Equinox(equinox.Module):
     ],
 )
 def test_programs(name):
-    """Log densities are finite, and the laws can be read as Gaussians, those that `quantiles` tells."""
+    """Log densities are finite, and the distributions can be read as Gaussians, those that `quantiles` tells."""
     program = BY_NAME[name]
     guide, params = initialised(program.model, *program.args, network=Flax)
     pvmc = PVMC(program.model, guide, num_particles=4)

@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from scipy.optimize import minimize
 
-from linear_gaussian import law, simulate
+from linear_gaussian import distribution, simulate
 from linear_gaussian import model as linear_gaussian
 from models import BY_NAME
 from numpyro_pvmc.chain.chain import read_chain
@@ -65,8 +65,8 @@ def effective_share(chain, coordinates, found, num_particles=64):
 
 
 def test_one_step_smooths_a_linear_gaussian_chain():
-    _, y = simulate(law(), 30, 3)
-    exact = [rts_smoother(law(), y[:, n]) for n in range(3)]
+    _, y = simulate(distribution(), 30, 3)
+    exact = [rts_smoother(distribution(), y[:, n]) for n in range(3)]
     _, _, found = at_mode(linear_gaussian, jnp.asarray(y), iterations=1, place=3.0)
     means = jnp.concatenate([found.initial.mean, found.steps.mean])
     covariances = jnp.concatenate([covariance(found.initial), covariance(found.steps)])

@@ -96,9 +96,10 @@ def test_unbiased(num_particles, number):
     pvmc = PVMC(model, guide, num_particles=num_particles, particles="iid")
     one = lambda key: pvmc.posterior(key, PARAMS, jnp.asarray(SERIES[:, :1]), 1).log_normalizer[0]
     log_z = jax.jit(lambda keys: jax.lax.map(one, keys, batch_size=2000))(random.split(random.key(2), number))
-    law = LinearGaussian(*(np.full(shape, value) for shape, value in [((1,), 0.0), ((1, 1), 1.0), ((1, 1), A), ((1,), 0.0)]),
+    distribution = LinearGaussian(*(np.full(shape, value) for shape, value in [((1,), 0.0), ((1, 1), 1.0), ((1, 1), A), ((1,),
+    0.0)]),
                          *(np.full((1, 1), value) for value in (Q**2, 1.0, R**2)))  # fmt: skip
-    exact = kalman_filter(law, np.concatenate([[np.nan], Y])[:, None]).log_evidence
+    exact = kalman_filter(distribution, np.concatenate([[np.nan], Y])[:, None]).log_evidence
     ratio = np.exp(np.asarray(log_z, np.float64) - exact)
     standard_error = ratio.std() / np.sqrt(number)
     assert standard_error < 0.015, f"too blunt to see anything: {standard_error}"

@@ -1,4 +1,4 @@
-"""Evenly spread draws: of the right law, one in each cell of a grid, new ones for each step and series."""
+"""Evenly spread draws: of the right distribution, one in each cell of a grid, new ones for each step and series."""
 
 import jax
 import jax.numpy as jnp
@@ -31,42 +31,46 @@ WITH_CDF = [
 ]
 
 
-@pytest.mark.parametrize("law", WITH_CDF, ids=lambda law: type(law).__name__)
-def test_a_draw_has_the_probability_that_it_was_made_of(x64, law):
+@pytest.mark.parametrize("distribution", WITH_CDF, ids=lambda distribution: type(distribution).__name__)
+def test_a_draw_has_the_probability_that_it_was_made_of(x64, distribution):
     uniform = jnp.linspace(0.01, 0.99, 15).reshape(5, 3)
-    assert noise_shape(law) == (3,)
-    values = from_uniform(law, uniform)
-    bare = law.base_dist if isinstance(law, dist.MaskedDistribution | dist.ExpandedDistribution) else law
+    assert noise_shape(distribution) == (3,)
+    values = from_uniform(distribution, uniform)
+    bare = (
+        distribution.base_dist
+        if isinstance(distribution, dist.MaskedDistribution | dist.ExpandedDistribution)
+        else distribution
+    )
     assert_allclose(bare.cdf(values), uniform, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "law",
+    "distribution",
     [
         dist.MultivariateNormal(jnp.array([1.0, -1.0]), jnp.array([[2.0, 0.6], [0.6, 1.0]])),
         dist.MultivariateNormal(jnp.array([1.0, -1.0]), precision_matrix=jnp.array([[2.0, 0.6], [0.6, 1.0]])),
         dist.LowRankMultivariateNormal(jnp.array([1.0, -1.0]), jnp.array([[1.0], [0.3]]), jnp.array([0.4, 0.7])),
     ],
-    ids=lambda law: type(law).__name__,
+    ids=lambda distribution: type(distribution).__name__,
 )
-def test_multivariate_normals_have_their_moments(law):
+def test_multivariate_normals_have_their_moments(distribution):
     points = jax.vmap(lambda k: uniform_points(random.key(0), (2,), (), k, 4096, 0))(jnp.arange(4096))
-    draws = np.asarray(from_uniform(law, points), np.float64)
-    assert_allclose(draws.mean(0), law.mean, atol=0.005)
-    assert_allclose(np.cov(draws.T), law.covariance_matrix, atol=0.02)
+    draws = np.asarray(from_uniform(distribution, points), np.float64)
+    assert_allclose(draws.mean(0), distribution.mean, atol=0.005)
+    assert_allclose(np.cov(draws.T), distribution.covariance_matrix, atol=0.02)
 
 
-def test_discrete_laws():
+def test_discrete_distributions():
     probabilities = jnp.array([0.2, 0.5, 0.3])
     uniform = jnp.array([0.1, 0.3, 0.69, 0.71, 0.99])
     assert from_uniform(dist.Categorical(probabilities), uniform).tolist() == [0, 1, 1, 2, 2]
     assert from_uniform(dist.Bernoulli(0.4), uniform).tolist() == [0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("law", [dist.Gamma(2.0), dist.StudentT(4.0), dist.Dirichlet(jnp.ones(3)), dist.Poisson(2.0)])
-def test_laws_without_a_quantile_function(law):
-    assert noise_shape(law) is None
-    assert noise_shape(law.expand([4])) is None
+@pytest.mark.parametrize("distribution", [dist.Gamma(2.0), dist.StudentT(4.0), dist.Dirichlet(jnp.ones(3)), dist.Poisson(2.0)])
+def test_distributions_without_a_quantile_function(distribution):
+    assert noise_shape(distribution) is None
+    assert noise_shape(distribution.expand([4])) is None
 
 
 def points_of_all(key, shape, shared_axes, number, first=0):
@@ -121,10 +125,10 @@ def model(y):
     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
 
 
-def guide(y, law=dist.Normal):
-    numpyro.sample("x_0", law(0.0, 1.0))
-    numpyro.sample("x", law(jnp.zeros(len(y)), 1.0))
-    numpyro.sample("z", law(jnp.zeros(len(y)), 1.0))
+def guide(y, distribution=dist.Normal):
+    numpyro.sample("x_0", distribution(0.0, 1.0))
+    numpyro.sample("x", distribution(jnp.zeros(len(y)), 1.0))
+    numpyro.sample("z", distribution(jnp.zeros(len(y)), 1.0))
 
 
 Y = jnp.array([0.3, -0.5, 1.2, 0.4])

@@ -36,7 +36,9 @@ def draws_and_weights(seed, number=5000, dimensions=2):
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 @pytest.mark.parametrize("wider", [1.0, 1.5])
 def test_moments_of_the_mixture(x64, kind, rate, wider):
-    """With enough particles: the mean and covariance of `1 - rate` of the old law and `rate` of the particles, `wider`."""
+    """With enough particles: the mean and covariance of `1 - rate` of the old distribution and `rate` of the particles,
+    `wider`.
+    """
     draws, log_weights = draws_and_weights(0)
     old = kind(Moments(jnp.full((3, 2), 0.5), jnp.array([[1.0, 2.0]] * 3)))
     new = refit(old, jnp.asarray(draws), jnp.asarray(log_weights), rate, wider=wider)
@@ -57,7 +59,7 @@ def test_moments_of_the_mixture(x64, kind, rate, wider):
 @pytest.mark.parametrize(("num_particles", "left"), [(16, 13), (64, 61), (1024, 1021), (4, 3.2), (1, 1)])
 @pytest.mark.parametrize(("particles", "dimensions"), [("iid", 1), ("rqmc", 1), ("iid", 4), ("rqmc", 4)])
 def test_a_wider_proposal_costs_three_particles_or_a_fifth(num_particles, left, particles, dimensions):
-    """If the law is a Gaussian: by quadrature, dimension by dimension. Quasi-random draws on a line pay a tenth."""
+    """If the distribution is a Gaussian: by quadrature, dimension by dimension. Quasi-random draws on a line pay a tenth."""
     if particles == "rqmc" and dimensions == 1 and num_particles > 1:
         left = min(left, 0.9 * num_particles)
     scale = np.sqrt(widening(num_particles, dimensions, particles))
@@ -200,7 +202,7 @@ def dense_guide(y, series=2):
 
 
 def expanded_guide(y, series=2):
-    """Laws that get their axes, time among them, from outside; and whole numbers for parameters."""
+    """Distributions that get their axes, time among them, from outside; and whole numbers for parameters."""
     numpyro.sample("x_0", dist.Normal(0, 2).expand([2, 2]).to_event(1))
     with numpyro.plate("time", 6, dim=-2):
         numpyro.sample("x", dist.Normal(jnp.zeros((2, 2)), 2).to_event(1))
@@ -331,7 +333,7 @@ def test_what_cannot_be_refined():
         numpyro.sample("x", dist.Laplace(jnp.zeros((6, 2, 2)), 2.0).to_event(1))
 
     pvmc = PVMC(linear_gaussian, guide, num_particles=16)
-    with pytest.raises(ValueError, match=r"law for site 'x_0', Independent, is not Gaussian.*AutoSmoothedNormal"):
+    with pytest.raises(ValueError, match=r"distribution for site 'x_0', Independent, is not Gaussian.*AutoSmoothedNormal"):
         pvmc.posterior(random.key(0), {}, SERIES, refine=2)
     for refine in (-1, 1.5, True):
         with pytest.raises(ValueError, match="`refine` must be a number of rounds"):
@@ -374,7 +376,7 @@ def test_full_covariances_need_plates_on_the_left():
 @pytest.mark.slow
 def test_joint_guides_are_refused_as_ever():
     pvmc = PVMC(linear_gaussian, AutoMultivariateNormal(linear_gaussian), num_particles=8)
-    with pytest.raises(ValueError, match="gives site 'x_0' a `Delta` law"):
+    with pytest.raises(ValueError, match="gives site 'x_0' a `Delta` distribution"):
         pvmc.init(random.key(0), SERIES)
 
 

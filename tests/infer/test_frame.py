@@ -15,7 +15,7 @@ from numpyro_pvmc.chain.chain import presence, read_chain
 from numpyro_pvmc.chain.densities import particles_of
 from numpyro_pvmc.chain.potentials import chain_potentials
 from numpyro_pvmc.chain.reading import read_structure
-from numpyro_pvmc.guides.checks import Form
+from numpyro_pvmc.guides.checks import GuideKind
 from numpyro_pvmc.infer.objective import ChainELBO
 from numpyro_pvmc.infer.svi import ChainSVI
 from numpyro_pvmc.ops.smoothing import log_normalizer, marginals
@@ -31,7 +31,7 @@ class GridELBO(ChainELBO):
     width = 12.0
 
     def check(self, structure, guide, arguments, params):
-        return Form()  # there is nothing to draw
+        return GuideKind()  # there is nothing to draw
 
     def loss_with_mutable_state(self, rng_key, param_map, model, guide, *args, **kwargs):
         potentials = self._potentials(param_map, model, Arguments(args, kwargs))

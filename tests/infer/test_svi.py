@@ -298,9 +298,9 @@ def trained():
     def train(seed):
         result = pvmc.run(jax.random.key(seed), 6000, y, progress_bar=False)
         one, a = np.eye(1), np.full((1, 1), float(result.params["a"]))
-        law = (np.zeros(1), one, a, np.zeros(1), Q**2 * one, one, R**2 * one)
+        distribution = (np.zeros(1), one, a, np.zeros(1), Q**2 * one, one, R**2 * one)
         unobserved = np.full((1, 1), np.nan)
-        exact = sum(kalman_filter(law, np.concatenate([unobserved, y[:, i : i + 1]])).log_evidence for i in range(3))
+        exact = sum(kalman_filter(distribution, np.concatenate([unobserved, y[:, i : i + 1]])).log_evidence for i in range(3))
         bounds = np.asarray(bound(jax.random.split(jax.random.key(100 + seed), 200), result.params), np.float64)
         return result, bounds, exact
 

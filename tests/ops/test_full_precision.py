@@ -15,7 +15,7 @@ from conftest import few_particles
 from numpyro_pvmc import PVMC, AutoSmoothedNormal, ImportanceSmoothedELBO, SupervisedELBO
 from numpyro_pvmc.chain.pairwise import pair_form
 from numpyro_pvmc.exact import exact_posterior
-from numpyro_pvmc.ops.full_precision import precise
+from numpyro_pvmc.ops.full_precision import full_precision
 
 pytestmark = few_particles
 
@@ -25,9 +25,11 @@ Y = jnp.linspace(-1.0, 1.0, 12).reshape(6, 2)
 @pytest.fixture(autouse=True)
 def precise_draws_of_numpyro(monkeypatch):
     """What NumPyro multiplies, draws and what it keeps beside them, is not ours."""
-    law = dist.MultivariateNormal
-    monkeypatch.setattr(law, "sample", precise(law.sample))
-    monkeypatch.setattr(law, "covariance_matrix", lazy_property(precise(law.covariance_matrix.wrapped)))
+    distribution = dist.MultivariateNormal
+    monkeypatch.setattr(distribution, "sample", full_precision(distribution.sample))
+    monkeypatch.setattr(
+        distribution, "covariance_matrix", lazy_property(full_precision(distribution.covariance_matrix.wrapped))
+    )
 
 
 def model(y, states=None):
@@ -67,7 +69,7 @@ def precisions(program):
 
 
 def own_guide(y):
-    """With a law that multiplies a matrix, to draw from and to refit."""
+    """With a distribution that multiplies a matrix, to draw from and to refit."""
     with plate("steps", len(y)):
         numpyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), scale_tril=jnp.eye(2)))
@@ -94,7 +96,11 @@ def by_own_guide(refine):
 
 
 def states_of_particles(y):
-    return PVMC(hidden_markov_model).posterior(jax.random.key(0), {}, y[:, 0], product=precise(jnp.matmul)).state_probabilities
+    return (
+        PVMC(hidden_markov_model)
+        .posterior(jax.random.key(0), {}, y[:, 0], product=full_precision(jnp.matmul))
+        .state_probabilities
+    )
 
 
 def drawn_exactly(y):
@@ -102,7 +108,7 @@ def drawn_exactly(y):
 
 
 def low_rank(y):
-    return pair_form(precise(dist.LowRankMultivariateNormal)(y, jnp.ones((6, 2, 1)), jnp.ones((6, 2)))).parameters
+    return pair_form(full_precision(dist.LowRankMultivariateNormal)(y, jnp.ones((6, 2, 1)), jnp.ones((6, 2)))).parameters
 
 
 def drawn(y):
@@ -138,7 +144,7 @@ def test_nothing_is_multiplied_by_its_first_bits(name):
 
 
 def test_derivatives_are_as_precise():
-    product = precise(lambda x: (x @ x).sum())
+    product = full_precision(lambda x: (x @ x).sum())
     assert set(precisions(jax.make_jaxpr(jax.grad(jax.grad(lambda x: product(x * jnp.ones((2, 2))))))(1.0).jaxpr)) == {
         (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
     }

@@ -124,7 +124,7 @@ def particle_numbers(posterior, samples, site, n):
 
 
 @pytest.mark.parametrize("name", ["two_coupled_sites", *(pytest.param(n, marks=pytest.mark.slow) for n in ("series", "held"))])
-def test_trajectories_have_the_joint_law_of_the_potentials(name):
+def test_trajectories_have_the_joint_distribution_of_the_potentials(name):
     """Neighbouring points, and the two ends, pair by pair; all sites of a point come from one particle."""
     program, posterior, number = BY_NAME[name], smoothed(name, 3), 20_000
     samples = posterior.sample(jax.random.key(0), (number,))
@@ -176,9 +176,9 @@ def model(y=None, T=None):
 
 def guide(y):
     """The exact smoothing marginals."""
-    law = dist.Normal(jnp.asarray(EXACT.means[:, 0]), jnp.asarray(EXACT.covariances[:, 0, 0]) ** 0.5)
-    numpyro.sample("x_0", dist.Normal(law.loc[0], law.scale[0]))
-    numpyro.sample("x", dist.Normal(law.loc[1:], law.scale[1:]))
+    distribution = dist.Normal(jnp.asarray(EXACT.means[:, 0]), jnp.asarray(EXACT.covariances[:, 0, 0]) ** 0.5)
+    numpyro.sample("x_0", dist.Normal(distribution.loc[0], distribution.scale[0]))
+    numpyro.sample("x", dist.Normal(distribution.loc[1:], distribution.scale[1:]))
 
 
 PVMC_8 = PVMC(model, guide, num_particles=8)
@@ -236,7 +236,7 @@ def test_forecasts_continue_each_trajectory_from_its_last_state():
     predicted = predict(jax.random.key(1), T=T + horizon)
     assert_array_equal(predicted["x"][:, :T], together["x"])
 
-    # In units of standard deviations of the exact law.
+    # In units of standard deviations of the exact distribution.
     mean, variance = (moment.reshape(horizon) for moment in forecast(LAW, np.concatenate([[np.nan], Y])[:, None], horizon)[2:])
     z = (np.asarray(predicted["y"][:, T:], np.float64) - mean) / np.sqrt(variance)
     last_variance = EXACT.covariances[-1, 0, 0]

@@ -55,7 +55,9 @@ def test_a_tail_that_the_guide_lacks_is_reached():
 
 
 def test_the_mean_weight_is_the_integral():
-    """Each round is drawn from what it is said to be drawn from; that laws are fitted to draws before them costs little."""
+    """Each round is drawn from what it is said to be drawn from; that distributions are fitted to draws before them costs
+    little.
+    """
     one = lambda key: resample_globals(key, NARROW, weigh, 400).log_weights
     log_weights = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), 200))
     estimates = np.exp(np.asarray(log_weights)).mean(1)
@@ -135,7 +137,7 @@ def level(y):
 Y = jnp.asarray(np.random.default_rng(3).normal(size=12), jnp.float32)
 
 
-def law_of_log_scale(y):
+def distribution_of_log_scale(y):
     """Mean and standard deviation, by a Kalman filter on a grid."""
     grid = np.linspace(-12.0, 3.0, 3001)
     mean, variance, logs = np.zeros(len(grid)), np.ones(len(grid)), grid - np.log1p(np.exp(2 * grid))
@@ -158,7 +160,7 @@ def by_hand(y):
 def test_a_scale_that_may_be_zero():
     pvmc = PVMC(level, by_hand, num_particles=32)
     draws = pvmc.sample_posterior(jax.random.key(0), {}, Y, sample_shape=(600,), refine=3, resample=True)
-    mean, deviation = law_of_log_scale(np.asarray(Y))
+    mean, deviation = distribution_of_log_scale(np.asarray(Y))
     log_scale = np.log(draws["scale"])
     assert abs(log_scale.mean() - mean) < 0.2 * deviation
     assert abs(log_scale.std() / deviation - 1) < 0.2
@@ -184,11 +186,11 @@ def test_a_guide_without_draws_of_global_sites():
 
 
 @pytest.mark.slow
-def test_one_law_for_all_of_numpyros_guides():
+def test_one_distribution_for_all_of_numpyros_guides():
     pvmc = PVMC(level, AutoStateSpace(level, AutoNormal), num_particles=32)
     params = pvmc.get_params(pvmc.init(jax.random.key(0), Y))  # untrained
     draws = pvmc.sample_posterior(jax.random.key(1), params, Y, sample_shape=(600,), refine=3, resample=True)
-    mean, deviation = law_of_log_scale(np.asarray(Y))
+    mean, deviation = distribution_of_log_scale(np.asarray(Y))
     assert abs(np.log(draws["scale"]).mean() - mean) < 0.2 * deviation
 
 
@@ -212,9 +214,9 @@ def explosive(y):
     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
 
 
-def fit_of_power(law):
+def fit_of_power(distribution):
     def guide(y):
-        numpyro.sample("power", law)
+        numpyro.sample("power", distribution)
         numpyro.sample("x_0", dist.Normal(0.0, 1.0))
         numpyro.sample("x", dist.Normal(0.6 * y, 0.5))
 

@@ -25,10 +25,10 @@ def padded(leaf, mask=lambda m, x, old, other: m, event=()):
         def step(old, inputs):
             y_t, present_t, other_t = inputs
             of_event = lambda m: m.reshape(m.shape + (1,) * len(event))
-            law = dist.Normal(0.8 * old, 0.5).to_event(len(event))
+            distribution = dist.Normal(0.8 * old, 0.5).to_event(len(event))
             m = mask(present_t, jnp.zeros(()), old, other_t)
             with handlers.mask(mask=m) if m is not None else handlers.scale(scale=1.0):
-                x = numpyro.sample("x", law)
+                x = numpyro.sample("x", distribution)
                 numpyro.sample("y", dist.Normal(x.sum(), 0.5), obs=y_t)
             return leaf(of_event(present_t), x, old, of_event(other_t)), x
 

@@ -112,7 +112,7 @@ def level(y):
     scan(step, numpyro.sample("x_0", dist.Normal(0.0, 1.0)), y)
 
 
-def exact_law_of_scale(y):
+def exact_distribution_of_scale(y):
     """Mean and standard deviation of the log of `scale`, by a Kalman filter on a grid."""
     grid = np.linspace(-2.0, 2.0, 400)
     mean, variance, logs = np.zeros(400), np.ones(400), -0.5 * (grid / 0.5) ** 2
@@ -127,7 +127,7 @@ def exact_law_of_scale(y):
 
 
 @pytest.mark.slow
-def test_resampled_global_sites_have_their_posterior_law():
+def test_resampled_global_sites_have_their_posterior_distribution():
     """Whatever the guide: here one that is untrained, and off."""
     y = np.random.default_rng(3).normal(size=12).cumsum().astype(np.float32)
 
@@ -138,7 +138,7 @@ def test_resampled_global_sites_have_their_posterior_law():
 
     pvmc = PVMC(level, guide, num_particles=32)
     draws = pvmc.sample_posterior(jax.random.key(0), {}, jnp.asarray(y), sample_shape=(2_000,), resample=True)
-    mean, deviation = exact_law_of_scale(y)
+    mean, deviation = exact_distribution_of_scale(y)
     log_scale = np.log(draws["scale"])
     assert abs(log_scale.mean() - mean) < 0.1 * deviation
     assert abs(log_scale.std() / deviation - 1) < 0.1

@@ -29,7 +29,7 @@ def level(y):
 
 @pytest.mark.slow
 def test_pseudo_marginal_metropolis(x64):
-    """With few particles the estimates vary, and the chain's law is the posterior all the same."""
+    """With few particles the estimates vary, and the chain's distribution is the posterior all the same."""
     pvmc = PVMC(level, num_particles=32, particles="iid")
     params = pvmc.run(random.key(0), 30, Y, progress_bar=False).params
 

@@ -58,8 +58,8 @@ def test_the_default_growth_ends_at_the_exact_means():
     rng = np.random.default_rng(0)
     y = 4.0 + rng.normal(size=12).cumsum()
     one = np.eye(1)
-    law = LinearGaussian(np.array([0.5]), 0.0 * one, 0.8 * one, np.zeros(1), 0.49 * one, one, one)
-    exact = rts_smoother(law, np.concatenate([[np.nan], y])[:, None])
+    distribution = LinearGaussian(np.array([0.5]), 0.0 * one, 0.8 * one, np.zeros(1), 0.49 * one, one, one)
+    exact = rts_smoother(distribution, np.concatenate([[np.nan], y])[:, None])
 
     def normals(y, a):
         loc, scale = numpyro.param("loc", jnp.zeros(12)), jnp.exp(numpyro.param("log_scale", jnp.zeros(12)))
@@ -154,7 +154,7 @@ def test_gradient_of_a_term_is_scaled_and_its_value_is_not(x64):
     value = lambda loss: loss.loss(random.key(0), PARAMS, model, guide, Y)
     assert_allclose(value(of(x=0.3)), value(plain), rtol=1e-14)
     whole, scaled, neither, emission = slope(plain), slope(of(x=0.3)), slope(of(x=0.0, y=0.0)), slope(of(x=0.0))
-    assert_allclose(scaled["a"], 0.3 * whole["a"], rtol=1e-6)  # in the law of x alone
+    assert_allclose(scaled["a"], 0.3 * whole["a"], rtol=1e-6)  # in the distribution of x alone
     assert emission["a"] == 0
     transition = slope(of(y=0.0))["loc"] - neither["loc"]
     assert_allclose(scaled["loc"], emission["loc"] + 0.3 * transition, rtol=1e-6)

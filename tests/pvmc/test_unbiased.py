@@ -41,8 +41,8 @@ def guide(y, series=2):
 
 def exact():
     one = np.eye(1)
-    law = (np.zeros(1), one, A * one, np.zeros(1), Q**2 * one, one, R**2 * one)
-    return kalman_filter(law, np.concatenate([[np.nan], Y])[:, None]).log_evidence
+    distribution = (np.zeros(1), one, A * one, np.zeros(1), Q**2 * one, one, R**2 * one)
+    return kalman_filter(distribution, np.concatenate([[np.nan], Y])[:, None]).log_evidence
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax import lax, random
 
-from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
+from linear_gaussian import SERIES, TRANSITIONS, distribution, model, simulate
 from numpyro_pvmc import PVMC, AutoAmortisedNormal
 from numpyro_pvmc.networks import Convolutions
 from oracles import rts_smoother
@@ -38,8 +38,8 @@ def stein_discrepancy(x, weights, mean, covariance, bandwidth):
 
 @pytest.fixture(scope="module")
 def held_out():
-    _, y = simulate(law(), TRANSITIONS, SERIES, seed=0)
-    return y, [rts_smoother(law(), y[:, n]) for n in range(SERIES)]
+    _, y = simulate(distribution(), TRANSITIONS, SERIES, seed=0)
+    return y, [rts_smoother(distribution(), y[:, n]) for n in range(SERIES)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def bandwidth(held_out):
 
 def train(guide, updates):
     """Parameters after so many updates on windows of a fifth of a series, and the seconds they took."""
-    series = jnp.asarray(simulate(law(), TRANSITIONS, TRAINING, seed=1)[1], jnp.float32)
+    series = jnp.asarray(simulate(distribution(), TRANSITIONS, TRAINING, seed=1)[1], jnp.float32)
     pvmc = PVMC(model, guide, optax.adam(optax.cosine_decay_schedule(5e-3, updates)), num_particles=32)
 
     @jax.jit

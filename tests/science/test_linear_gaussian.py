@@ -13,7 +13,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from linear_gaussian import SERIES, TRANSITIONS, law, model, simulate
+from linear_gaussian import SERIES, TRANSITIONS, distribution, model, simulate
 from numpyro_pvmc import PVMC
 from oracles import kalman_filter, rts_smoother
 from record import record
@@ -23,13 +23,13 @@ LONG_RUNS = True
 
 @pytest.fixture(scope="module")
 def data():
-    _, y = simulate(law(), TRANSITIONS, SERIES)
-    return y, [rts_smoother(law(), y[:, n]) for n in range(SERIES)]
+    _, y = simulate(distribution(), TRANSITIONS, SERIES)
+    return y, [rts_smoother(distribution(), y[:, n]) for n in range(SERIES)]
 
 
 @pytest.fixture(scope="module")
 def filter_guide(data):
-    filtered = [kalman_filter(law(), data[0][:, n]) for n in range(SERIES)]
+    filtered = [kalman_filter(distribution(), data[0][:, n]) for n in range(SERIES)]
     means = jnp.asarray(np.stack([moments.means for moments in filtered], 1))
     covariances = jnp.asarray(filtered[0].covariances)[:, None]  # the same for every series
 

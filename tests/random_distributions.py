@@ -1,7 +1,7 @@
-"""What values a site of a random program may take, and which laws over them it may have.
+"""What values a site of a random program may take, and which distributions over them it may have.
 
-A domain says how its values become `width` real *features* and back, so that any site can read any other; a law takes means
-of shape (*batch, width) and a positive scale of shape (*batch), or that broadcasts with it.
+A domain says how its values become `width` real *features* and back, so that any site can read any other; a distribution takes
+means of shape (*batch, width) and a positive scale of shape (*batch), or that broadcasts with it.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from numpyro.distributions import transforms
 
 
 class Domain(NamedTuple):
-    laws: Mapping[str, Callable]
+    distributions: Mapping[str, Callable]
     feature: Callable = lambda x: x[..., None]
     value: Callable = lambda f: f[..., 0]
     width: int = 1
@@ -25,16 +25,16 @@ class Domain(NamedTuple):
     has_gradient: bool = True
 
 
-def scalar(law):
-    return lambda m, s: law(*jnp.broadcast_arrays(m[..., 0], s))
+def scalar(distribution):
+    return lambda m, s: distribution(*jnp.broadcast_arrays(m[..., 0], s))
 
 
-def vector(law):
-    return lambda m, s: law(m, jnp.broadcast_to(jnp.asarray(s)[..., None], m.shape))
+def vector(distribution):
+    return lambda m, s: distribution(m, jnp.broadcast_to(jnp.asarray(s)[..., None], m.shape))
 
 
-def transformed(law, *steps):
-    return lambda m, s: dist.TransformedDistribution(law(m, s), list(steps))
+def transformed(distribution, *steps):
+    return lambda m, s: dist.TransformedDistribution(distribution(m, s), list(steps))
 
 
 LOW, HIGH = -2.0, 2.5
@@ -44,8 +44,8 @@ exponential, onto_unit = transforms.ExpTransform(), transforms.SigmoidTransform(
 
 
 def bounds(m):
-    """NumPyro's scan stacks the numbers of a law over time, and does not align those of its support, or of a transform, with a
-    plate: they need its shape."""
+    """NumPyro's scan stacks the numbers of a distribution over time, and does not align those of its support, or of a
+    transform, with a plate: they need its shape."""
     return jnp.full(m.shape[:-1], LOW), jnp.full(m.shape[:-1], HIGH)
 
 
@@ -195,9 +195,9 @@ DOMAINS = {
 
 
 class Emission(NamedTuple):
-    """`law` takes means (*batch, width); `data` takes a generator and the batch shape."""
+    """`distribution` takes means (*batch, width); `data` takes a generator and the batch shape."""
 
-    law: Callable
+    distribution: Callable
     data: Callable
     width: int = 1
     event: tuple[int, ...] = ()
