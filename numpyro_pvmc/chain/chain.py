@@ -69,10 +69,6 @@ def read_chain(
 ) -> Chain:
     """Read the chain of a program at given values.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters and of global sites.
     :param gradient_scale: what the gradient of a site's log density is multiplied by, by name.
     :return: the chain.
     """
@@ -98,7 +94,6 @@ def read_chain(
 def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     """The initial step of a chain, for one particle.
 
-    :param chain: the chain.
     :param initial: values of the initial sites.
     :return: log density of the initial sites and of the sites observed with them, shape ``(*plates)``; state leaves of the
         first carry.
@@ -112,7 +107,6 @@ def begin(chain: Chain, initial: dict[str, jax.Array]) -> tuple[jax.Array, list[
 def sites_at_start(chain: Chain, initial: dict[str, jax.Array]) -> tuple[list[jax.Array], Sites]:
     """The sites outside the scan, for one particle.
 
-    :param chain: the chain.
     :param initial: values of the initial sites.
     :return: state leaves of the first carry; sites, of which those after the scan have no meaning.
     """
@@ -133,7 +127,6 @@ def step(
 ) -> Step:
     """One step of a chain, for one particle before and one after.
 
-    :param chain: the chain.
     :param inputs: one step of ``chain.inputs``.
     :param state: state leaves of the carry before the step.
     :param latent: values of the latent sites of the step.
@@ -172,7 +165,6 @@ def sites_of_step(
 def presence(chain: Chain) -> Presence | None:
     """At which steps the chain has its latent sites.
 
-    :param chain: the chain.
     :return: where sites and steps are present; ``None`` if no site is ever masked.
     """
     structure = chain.structure
@@ -194,7 +186,6 @@ def presence(chain: Chain) -> Presence | None:
 def after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) -> jax.Array:
     """Log density of the observed sites after the scan, for the outputs of one particle at each time.
 
-    :param chain: the chain.
     :param initial: values of the initial sites.
     :param outputs: stacked outputs of the scan.
     :return: an array of shape ``(T + 1, *plates)``, whose first row reads `initial`.
@@ -224,10 +215,7 @@ def sites_after_scan(chain: Chain, initial: dict[str, jax.Array], outputs: Any) 
 
 
 def global_log_density(chain: Chain) -> jax.Array:
-    """Log density of the global sites, and of the observed sites that read nothing of the chain, summed.
-
-    :param chain: the chain.
-    """
+    """Log density of the global sites, and of the observed sites that read nothing of the chain, summed."""
     names = (*chain.structure.global_sites, *chain.structure.global_factors)
     return sum((with_gradient_scale(chain, name, log_prob(chain.outside[name])).sum() for name in names), start=jnp.zeros(()))
 
@@ -235,7 +223,6 @@ def global_log_density(chain: Chain) -> jax.Array:
 def supports(chain: Chain) -> dict[str, Any]:
     """Constraints on the values of the chain's latent sites, by name.
 
-    :param chain: the chain.
     :raises ValueError: naming a site whose constraint is not the same at all times and for all parameters.
     """
     structure = chain.structure
@@ -272,19 +259,12 @@ def _supports(chain, inputs, state):
 
 
 def mutable_state(chain: Chain) -> dict[str, Any]:
-    """Mutable state that the program left behind, by name.
-
-    :param chain: the chain.
-    """
+    """Mutable state that the program left behind, by name."""
     return {name: site["value"] for name, site in chain.outside.items() if site["type"] == "mutable"}
 
 
 def unmasked(site: Site, chain: Chain) -> jax.Array:
-    """How many elements of a site are not masked, for each series.
-
-    :param site: a sample site.
-    :param chain: the chain.
-    """
+    """How many elements of a site are not masked, for each series."""
     mask = mask_of(site)
     return per_series(jnp.ones((), jnp.int32) if mask is None else mask.astype(jnp.int32), chain.structure.plates)
 
@@ -292,7 +272,6 @@ def unmasked(site: Site, chain: Chain) -> jax.Array:
 def at_all_steps(chain: Chain, function: Callable[[Sites], Any]) -> Any:
     """`function` of the sites of every step, whose latent values have no meaning.
 
-    :param chain: the chain.
     :param function: takes the sites of one step.
     :return: what it returns, with a leading time axis.
     """
@@ -309,7 +288,6 @@ def _run_step(chain, inputs, state, latent):
 def log_density(chain: Chain, sites: Sites, names: Iterable[str]) -> jax.Array:
     """Log density of some sites, summed over all axes but those of the plates.
 
-    :param chain: the chain.
     :param sites: sites of one step, or outside the scan.
     :param names: which of them.
     :return: an array of shape ``(*plates)``.
@@ -324,7 +302,6 @@ def log_density(chain: Chain, sites: Sites, names: Iterable[str]) -> jax.Array:
 def with_gradient_scale(chain: Chain, name: str, log_density: jax.Array) -> jax.Array:
     """A log density of a site, whose gradient is multiplied by what was asked for.
 
-    :param chain: the chain.
     :param name: the site.
     :param log_density: an array.
     """

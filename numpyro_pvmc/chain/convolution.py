@@ -35,7 +35,6 @@ def edges_of_totals(chain: Chain, before: list[jax.Array], number: int) -> Edges
 
     :param chain: a chain with two counts of a step that are read through their sum only.
     :param before: state leaves of the carry before each step, with leading axes ``(T, number)``.
-    :param number: how many points there are at each time.
     :return: blocks of shape ``(*plates, number, number)``, whose inputs are :class:`Inputs`.
     """
     structure = chain.structure
@@ -51,9 +50,7 @@ def edges_of_totals(chain: Chain, before: list[jax.Array], number: int) -> Edges
 def factors(chain: Chain, inputs: Inputs, number: int) -> tuple[jax.Array, jax.Array]:
     """Log densities of one step.
 
-    :param chain: the chain.
     :param inputs: of one step.
-    :param number: how many points there are at each time.
     :return: those of the values s of the first count given each point before, shape ``(*plates, number, s)``; and those of what
         the other has to be for each total, shape ``(*plates, s, number)``.
     """
@@ -80,8 +77,6 @@ def factors(chain: Chain, inputs: Inputs, number: int) -> tuple[jax.Array, jax.A
 def probabilities_of_parts(structure: Structure, node: jax.Array, edges: Edges) -> dict[str, jax.Array]:
     """Smoothed probabilities of the values of both counts: the slope of the log evidence by the logs of their densities.
 
-    :param structure: the structure of the chain.
-    :param node: potentials of the totals.
     :param edges: as of :func:`edges_of_totals`.
     :return: ``{site: (T, *plates, number of values)}``.
     """
@@ -98,8 +93,6 @@ def filtering_probabilities_of_parts(
 ) -> dict[str, jax.Array]:
     """The same given the data up to each time only.
 
-    :param structure: the structure of the chain.
-    :param node: potentials of the totals.
     :param edges: as of :func:`edges_of_totals`.
     :param log_filtering: log filtering weights of the totals, shape ``(T + 1, *plates, number)``.
     """
@@ -123,11 +116,8 @@ def _by_name(structure, weights):
 def draw_parts(rng_key: jax.Array, chain: Chain, inputs: Inputs, numbers: jax.Array, number: int) -> dict[str, jax.Array]:
     """Values of both counts, given totals.
 
-    :param rng_key: random key.
-    :param chain: the chain.
     :param inputs: those of all steps.
     :param numbers: numbers of points, shape ``(N, T + 1, *plates)``.
-    :param number: how many points there are at each time.
     :return: ``{site: (N, T, *plates)}``.
     """
     mover, other = chain.structure.parts

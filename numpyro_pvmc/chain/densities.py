@@ -36,8 +36,6 @@ class Particles(NamedTuple):
 def target(chain: Chain, particles: Particles, closed_form: bool = True) -> tuple[jax.Array, Edges]:
     """Log densities of the model at the particles.
 
-    :param chain: the chain.
-    :param particles: its particles.
     :param closed_form: whether blocks of pairs may be put together from distributions and values
         (:mod:`numpyro_pvmc.chain.pairwise`): faster, but without derivatives in forward mode.
     :return: the part that reads one particle, shape ``(T + 1, *plates, K)``; the part that reads two, a block ``(*plates, K,
@@ -201,7 +199,6 @@ def _read_apart(chain, inputs, before, latent):
 def with_states(structure: Structure, particles: Particles) -> Particles:
     """Each particle with all joint values of the sites that are summed.
 
-    :param structure: the structure of the chain.
     :param particles: particles without these sites.
     """
     number, particle = number_of_states(structure), particles.number
@@ -222,7 +219,6 @@ def with_states(structure: Structure, particles: Particles) -> Particles:
 def particles_of(structure: Structure, drawn: dict[str, jax.Array]) -> Particles:
     """Sort draws by time step.
 
-    :param structure: the structure of the chain.
     :param drawn: ``{site: (K, ...)}``.
     """
     return Particles(

@@ -25,7 +25,6 @@ def number_of_states(structure: Structure) -> int:
     """S, how many joint values the summed sites of one time step have: those of the initial step or of a step, if these are
     more.
 
-    :param structure: the structure of the chain.
     :raises ValueError: if they are too many to sum over.
     """
     numbers = [_number(sites, structure) for sites in (structure.initial_states, structure.step_states)]
@@ -41,8 +40,6 @@ def number_of_states(structure: Structure) -> int:
 def check_size(structure: Structure, num_particles: int) -> None:
     """Refuse counts of which the pairs of one step, or the tables of all steps, do not fit into memory.
 
-    :param structure: the structure of the chain.
-    :param num_particles: K, the number of particles at each time step.
     :raises ValueError: saying how large they would be.
     """
     if not any(site.moves for site in structure.states.values()):
@@ -61,7 +58,6 @@ def check_size(structure: Structure, num_particles: int) -> None:
 def joint_values(structure: Structure, at_steps: bool) -> dict[str, np.ndarray]:
     """All joint values of the summed sites of one time step.
 
-    :param structure: the structure of the chain.
     :param at_steps: whether the time step is a step, or the initial step.
     :return: ``{site: (S, *batch, *event)}``, the same for all series; the last value is repeated where there are fewer.
     """
@@ -92,10 +88,7 @@ def _totals(structure):
 
 
 def has_value(structure: Structure) -> np.ndarray:
-    """Which of the S joint values there are, at the initial step and at a step: shape ``(2, S)``.
-
-    :param structure: the structure of the chain.
-    """
+    """Which of the S joint values there are, at the initial step and at a step: shape ``(2, S)``."""
     numbers = [_number(sites, structure) for sites in (structure.initial_states, structure.step_states)]
     return np.arange(number_of_states(structure)) < np.array(numbers)[:, None]
 
@@ -103,7 +96,6 @@ def has_value(structure: Structure) -> np.ndarray:
 def values_of_numbers(structure: Structure, numbers: jax.Array) -> dict[str, jax.Array]:
     """Values of the summed sites, given which of the S joint values each time step has.
 
-    :param structure: the structure of the chain.
     :param numbers: numbers from 0 to S - 1, shape ``(T + 1, ..., *plates)``.
     :return: ``{site: (T, ..., *batch, *event)}``, without T for initial sites.
     """
@@ -120,7 +112,6 @@ def values_of_numbers(structure: Structure, numbers: jax.Array) -> dict[str, jax
 def at_points(structure: Structure, of_particles: jax.Array) -> jax.Array:
     """What particles have, at all joint values of the summed sites.
 
-    :param structure: the structure of the chain.
     :param of_particles: an array of shape ``(..., K)``.
     :return: an array of shape ``(..., K * S)``.
     """
@@ -131,7 +122,6 @@ def at_points(structure: Structure, of_particles: jax.Array) -> jax.Array:
 def of_particles(structure: Structure, log_weights: jax.Array) -> jax.Array:
     """Logs of the weights of particles, whatever the values of the summed sites.
 
-    :param structure: the structure of the chain.
     :param log_weights: logs of weights of nodes, shape ``(..., K * S)``.
     :return: an array of shape ``(..., K)``.
     """
@@ -143,7 +133,6 @@ def of_particles(structure: Structure, log_weights: jax.Array) -> jax.Array:
 def probabilities(structure: Structure, log_weights: jax.Array) -> dict[str, jax.Array]:
     """Probabilities of the values of each summed site.
 
-    :param structure: the structure of the chain.
     :param log_weights: logs of weights of nodes, shape ``(T + 1, *plates, K * S)``.
     :return: ``{site: (T, *plates, *event, number of values)}``, without T for initial sites; batch axes of more than one
         element that are no plate count as event axes. Counts that are read through their sum are not among them.

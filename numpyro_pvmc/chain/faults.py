@@ -27,7 +27,6 @@ class Flaws(NamedTuple):
 def flaws(site: Site) -> Flaws:
     """Look at the parameters of a site's distribution, those that the program gave.
 
-    :param site: a sample site.
     :return: whether any element of each is NaN, or none that the distribution can have.
     """
     distribution = base_distribution(site["fn"])
@@ -90,7 +89,6 @@ def series(index: Sequence[int], structure: Structure) -> str:
     """Say which series is meant, if there are several.
 
     :param index: its place along each plate around the chain.
-    :param structure: the structure of the chain.
     """
     places = [f"{number} of plate '{plate.name}'" for number, plate in zip(index, structure.plates, strict=True)]
     return f" in series {' and '.join(places)}" if places else ""

@@ -50,10 +50,6 @@ class Linear(NamedTuple):
 def check_linear_gaussian(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
     """Refuse a chain that is not linear-Gaussian.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters and of global sites.
     :raises ValueError: naming the site whose distribution is another, or whose mean is not affine, or whose covariance reads
         the states.
     """
@@ -101,7 +97,6 @@ def _refusal(name, why):
 def linearise(chain: Chain, states: jax.Array) -> dict[str, Linear]:
     """Distributions of all sites of the chain, and the slopes of their means.
 
-    :param chain: the chain.
     :param states: states, shape ``(T + 1, *plates, U)``, at which slopes are taken.
     :return: the distributions at each time, by name, with a leading time axis except for sites of the initial step.
     """
@@ -152,7 +147,6 @@ def by_site(states: jax.Array, structure: Structure) -> dict[str, jax.Array]:
     """Sort the numbers of states by site.
 
     :param states: an array of shape ``(T + 1, *plates, U)``.
-    :param structure: the structure of the chain.
     :return: ``{site: (T, *plates, *event)}``, without the time axis for initial sites.
     """
     return _split(states[0], structure.initial_sites, structure) | _split(states[1:], structure.step_sites, structure)
@@ -162,7 +156,6 @@ def covariances_by_site(covariances: jax.Array, structure: Structure) -> dict[st
     """Sort covariances of states by site, leaving out those between sites.
 
     :param covariances: an array of shape ``(T + 1, *plates, U, U)``.
-    :param structure: the structure of the chain.
     :return: ``{site: (T, *plates, n, n)}``, without the time axis for initial sites.
     """
     found = {}
@@ -176,7 +169,6 @@ def native(states: jax.Array, structure: Structure) -> dict[str, jax.Array]:
     """Sort the numbers of states by site, in the shapes and types that the model gives the sites.
 
     :param states: an array of shape ``(T + 1, *plates, U)``.
-    :param structure: the structure of the chain.
     :return: ``{site: (T, ...)}``, without the time axis for initial sites.
     """
     tidied = by_site(states, structure)

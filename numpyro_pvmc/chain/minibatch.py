@@ -15,10 +15,7 @@ from numpyro_pvmc.program.structure import Plate, Structure
 
 
 def subsampled(structure: Structure) -> tuple[Plate, ...]:
-    """The plates around the chain that draw a minibatch of its series.
-
-    :param structure: the structure of the chain.
-    """
+    """The plates around the chain that draw a minibatch of its series."""
     return tuple(plate for plate in structure.plates if plate.total != plate.size)
 
 
@@ -27,11 +24,7 @@ def draw_indices(
 ) -> dict[str, jax.Array]:
     """One draw of the indices of subsampled plates, which all readings of a program must share.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of parameters; indices among them are kept.
-    :param rng_key: random key.
     :return: ``{plate: indices}``.
     """
     if not structure.subsampled:
@@ -43,7 +36,6 @@ def draw_indices(
 def check_indices(structure: Structure, values: Mapping[str, Any]) -> None:
     """Refuse indices of series that do not exist.
 
-    :param structure: the structure of the chain.
     :param values: values of parameters, not traced; indices among them.
     :raises ValueError: naming the plate.
     """
@@ -58,10 +50,7 @@ def check_indices(structure: Structure, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def minibatch_plates(structure: Structure) -> Iterator[dict[str, jax.Array]]:
-    """The subsampled plates of a model, entered in a guide; their indices, by name.
-
-    :param structure: the structure of the chain.
-    """
+    """The subsampled plates of a model, entered in a guide; their indices, by name."""
     plates = {p.name: numpyro.plate(p.name, p.total, subsample_size=p.size, dim=p.dim) for p in subsampled(structure)}
     with contextlib.ExitStack() as entered:
         yield {name: entered.enter_context(plate) for name, plate in plates.items()}
@@ -71,7 +60,6 @@ def coordinates_of_all(coordinates: Coordinates, structure: Structure) -> Coordi
     """Coordinates of sites with the axes of all series.
 
     :param coordinates: coordinates of a minibatch.
-    :param structure: the structure of the chain.
     """
     totals = tuple(plate.total for plate in structure.plates)
 

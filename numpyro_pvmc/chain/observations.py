@@ -13,7 +13,6 @@ def observations(chain: Chain) -> tuple[jax.Array, jax.Array]:
     The observations of the first row are those made at the chain's initial step. If they have as many elements as those of a
     step they are taken to be of the same kind, and otherwise have elements of their own.
 
-    :param chain: the chain.
     :return: values, of shape ``(T + 1, *plates, E)``, zero where there are none; and where there are some: not masked, and
         finite.
     """

@@ -55,8 +55,6 @@ def chain_potentials(
 ) -> ChainPotentials:
     """Weigh particles.
 
-    :param chain: the chain.
-    :param particles: its particles.
     :param log_q: log densities of the distribution they were drawn from, shape ``(T + 1, *plates, K)``.
     :param present: where the chain is present, if it is not everywhere.
     :param log_q_globals: log density of the global sites of `chain` under the distribution they were drawn from.
@@ -86,8 +84,6 @@ def weigh(
 ) -> tuple[jax.Array, Edges, jax.Array | None]:
     """The potentials of particles.
 
-    :param chain: the chain.
-    :param particles: its particles.
     :param log_q: log densities of the distribution they were drawn from, shape ``(T + 1, *plates, K)``.
     :param present: where the chain is present, if it is not everywhere.
     :return: nodes, edges, mask: arguments of :mod:`numpyro_pvmc.ops.smoothing`.

@@ -58,8 +58,6 @@ def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]
     It is read once for arguments and values of the same structure, shapes and types, for which the program does the same, and
     forgotten with the program. Errors are not kept.
 
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of parameters; those not given take their initial values.
     :return: the structure of its chain.
     :raises ValueError: if it has none; see :func:`numpyro_pvmc.program.analysis.analyse` and
@@ -129,10 +127,6 @@ def _given(structure, values):
 
 
 def summed_structure(model: Callable, arguments: Arguments) -> Structure:
-    """The structure of a program's chain, in which all discrete sites that can be are summed over their values.
-
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    """
+    """The structure of a program's chain, in which all discrete sites that can be are summed over their values."""
     structure = read_structure(model, arguments, {})
     return structure.summing(structure.finite)

@@ -54,7 +54,6 @@ class Coordinates(NamedTuple):
 def coordinates_of_model(chain: Chain) -> Coordinates:
     """Coordinates in which the sites of a model have no constraints.
 
-    :param chain: the chain of the model.
     :raises ValueError: if a site is discrete.
     """
     refuse_unlisted(chain.structure.sites.values())
@@ -71,7 +70,6 @@ def coordinates_of_model(chain: Chain) -> Coordinates:
 def to_coordinates(blocks: tuple[Block, ...], values: dict[str, jax.Array]) -> jax.Array:
     """Unconstrained coordinates of values.
 
-    :param blocks: the sites of one time step.
     :param values: ``{site: (*leading, *batch, *event)}``.
     :return: an array of shape ``(*leading, *plates, D)``.
     """
@@ -81,7 +79,6 @@ def to_coordinates(blocks: tuple[Block, ...], values: dict[str, jax.Array]) -> j
 def from_coordinates(blocks: tuple[Block, ...], coordinates: jax.Array) -> dict[str, jax.Array]:
     """Values of sites at given coordinates.
 
-    :param blocks: the sites of one time step.
     :param coordinates: an array of shape ``(*leading, *plates, D)``.
     :return: ``{site: (*leading, *batch, *event)}``.
     """
@@ -92,8 +89,6 @@ def from_coordinates(blocks: tuple[Block, ...], coordinates: jax.Array) -> dict[
 def log_jacobians(structure: Structure, blocks: tuple[Block, ...], coordinates: jax.Array) -> dict[str, jax.Array]:
     """Logs of the volumes that sites have for one of coordinates.
 
-    :param structure: the structure of the chain.
-    :param blocks: the sites of one time step.
     :param coordinates: an array of shape ``(*plates, D)``.
     :return: ``{site: (*plates)}``.
     """
@@ -109,7 +104,6 @@ def particle_coordinates(coordinates: Coordinates, particles: Particles) -> tupl
     """Coordinates of particles, at the initial step and at the steps.
 
     :param coordinates: the coordinates.
-    :param particles: particles.
     :return: arrays of shape ``(N, *plates, K, D)``; ``None`` for a chain without sites at its initial step.
     """
     initial = None

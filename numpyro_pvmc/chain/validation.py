@@ -27,7 +27,6 @@ _DRAWS = 3  # of the latent sites, to tell what reads them
 class DataCheck:
     """Looks at the data of a program, each time with what is known of arguments of these shapes.
 
-    :param model: a NumPyro program.
     :param guide: the guide, if there is one.
     """
 
@@ -41,7 +40,6 @@ class DataCheck:
     ) -> tuple[Structure, bool]:
         """Look at data.
 
-        :param arguments: what the program is called with, not traced.
         :param params: values of parameters. Masks and data do not read them: those given first will do.
         :param structure: the structure of the program's chain, if it is known.
         :return: the structure, and whether arguments of these shapes are new.
@@ -61,10 +59,7 @@ class DataCheck:
         return structures[-1] if structures else None
 
     def parameters(self, arguments: Arguments) -> tuple[str, ...]:
-        """Names of the parameters of the program.
-
-        :param arguments: what it is called with.
-        """
+        """Names of the parameters of the program."""
         structure, _ = self._known.get(signature(arguments), (None, None))
         structure = read_structure(self.model, arguments, {}) if structure is None else structure
         return tuple(name for name, _ in structure.parameters)
@@ -73,8 +68,6 @@ class DataCheck:
         """Arguments of which the arrays whose numbers bound a count are held by value.
 
         What is compiled, or known, for such arguments is so for these numbers.
-
-        :param arguments: what the program is called with.
         """
         known_for = signature(arguments)
         if is_traced(arguments):
@@ -103,7 +96,6 @@ class DataCheck:
         """Find out why a result is NaN, if one is.
 
         :param results: an array, not traced.
-        :param arguments: what the program was called with, not traced.
         :raises ValueError: naming a site whose distribution is none.
         """
         structure, params = self._known.get(signature(arguments), (None, None))
@@ -114,9 +106,6 @@ class DataCheck:
 def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
     """Look at the numbers: refuse data that are none or that their distributions cannot have, and masks that are not padding.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with, not traced.
     :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site and the first time.
     """
@@ -137,9 +126,6 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
 def check_distributions(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
     """Refuse a chain of whose sites one has no distribution, whatever the states.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with, not traced.
     :param values: values of parameters; those not given take their initial values.
     :raises ValueError: naming the site, the first time, the series, and what is wrong with the distribution.
     """

@@ -82,12 +82,7 @@ def proposal_log_densities(
 ) -> jax.Array:
     """Log densities of the guide at the particles.
 
-    :param structure: the structure of the model's chain.
-    :param guide: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of its parameters, mutable state and global sites.
-    :param rng_key: random key.
-    :param particles: particles.
     :param present: where the chain is present; a site that is masked in the model has no density, neither here nor there.
     :param form: what kind of guide it is.
     :param names: the sites that count; all by default.
@@ -118,10 +113,6 @@ def proposal_log_densities(
 def check_guide(structure: Structure, guide: Callable, arguments: Arguments, params: dict[str, Any]) -> GuideKind:
     """Refuse a guide that does not fit the chain.
 
-    :param structure: the structure of the model's chain.
-    :param guide: a NumPyro program.
-    :param arguments: what it is called with.
-    :param params: values of its parameters.
     :return: what kind of guide it is.
     :raises ValueError: naming the site that is missing, unknown, of a wrong shape, or not independent over time; or what of
         the guide's own chain differs from the model's.
@@ -239,9 +230,6 @@ def _mixture(own, guide, arguments, values, particles):
 def refuse_discrete(structure: Structure, model: Callable, guide: Callable) -> None:
     """Refuse an automatic guide of NumPyro's for discrete sites, none of which can sample them.
 
-    :param structure: the structure of the model's chain.
-    :param model: a NumPyro program.
-    :param guide: a NumPyro program.
     :raises ValueError: naming the site.
     """
     is_stock = isinstance(guide, AutoGuide) and type(guide).__module__.startswith("numpyro.")

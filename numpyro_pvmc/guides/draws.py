@@ -88,12 +88,8 @@ def draw(
 
     Only what depends on the sites drawn K times is computed K times.
 
-    :param guide: a NumPyro program.
-    :param arguments: what it is called with.
-    :param params: values of its parameters.
     :param rng_key: random key; with K = 1 the draws are those that `Trace_ELBO` makes with it.
     :param drawn: the sites to draw K times.
-    :param num_particles: K, the number of particles at each time step.
     :param particles: ``"iid"``, independent draws; ``"rqmc"``, draws that are evenly spread where the distribution of a site
         allows it, see :mod:`numpyro_pvmc.guides.quasirandom`, with a warning where it does not.
     :param chain_scan: which of the guide's scans draws such sites, if one does: K trajectories, then, one for each key.
@@ -145,10 +141,7 @@ def _log_prob_as_drawn(site):
 
 
 def sites_to_draw(structure: Structure) -> list[Drawn]:
-    """The sites that have particles, and over which of their axes particles are independent: time and plates.
-
-    :param structure: the structure of the chain.
-    """
+    """The sites that have particles, and over which of their axes particles are independent: time and plates."""
     sites = []
     for name, site in structure.sites.items():
         time = int(name in structure.step)

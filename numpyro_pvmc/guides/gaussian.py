@@ -47,7 +47,6 @@ def sample_sites(blocks: tuple[Block, ...], moments: Moments, infer: dict[str, A
     :param blocks: the sites.
     :param moments: Gaussians of their coordinates.
     :param infer: what the sites carry along.
-    :return: their values.
     """
     values, whitened, first = {}, [], 0
     for block in blocks:
@@ -76,9 +75,6 @@ def read_proposal(
 
     A site whose distribution reads another of its step is read at the other's median.
 
-    :param structure: the structure of the model's chain.
-    :param guide: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of its parameters, mutable state and global sites.
     :return: coordinates, and the guide's moments in them, with full covariances.
     :raises ValueError: naming the site whose distribution is not a transformed Gaussian.
@@ -196,10 +192,7 @@ def _moments_of_distribution(block, normal, leading):
 def sample_proposal(coordinates: Coordinates, proposal: Proposal, infer: dict[str, Any] | None = None) -> dict[str, jax.Array]:
     """Sample the sites of a chain, as a guide does.
 
-    :param coordinates: coordinates of its sites.
-    :param proposal: Gaussians in these coordinates.
     :param infer: what the sites carry along.
-    :return: their values.
     """
     values = {}
     if proposal.initial is not None:
@@ -210,8 +203,6 @@ def sample_proposal(coordinates: Coordinates, proposal: Proposal, infer: dict[st
 def take_series(proposal: Proposal, structure: Structure, indices: Mapping[str, Any]) -> Proposal:
     """The Gaussians of a minibatch.
 
-    :param proposal: Gaussians of all series.
-    :param structure: the structure of the chain.
     :param indices: which series, by plate.
     """
     return _each(proposal, structure, lambda x, plate, axis: jnp.take(x, indices[plate.name], axis))
@@ -220,9 +211,7 @@ def take_series(proposal: Proposal, structure: Structure, indices: Mapping[str, 
 def put_series(proposal: Proposal, part: Proposal, structure: Structure, indices: Mapping[str, Any]) -> Proposal:
     """The Gaussians of all series, after those of a minibatch have changed.
 
-    :param proposal: Gaussians of all series.
     :param part: Gaussians of the minibatch.
-    :param structure: the structure of the chain.
     :param indices: which series, by plate.
     """
     if not subsampled(structure):
@@ -232,11 +221,7 @@ def put_series(proposal: Proposal, part: Proposal, structure: Structure, indices
 
 
 def for_all_series(proposal: Proposal, structure: Structure) -> Proposal:
-    """Gaussians of a minibatch, averaged, for each of all series: to start from.
-
-    :param proposal: Gaussians of the minibatch.
-    :param structure: the structure of the chain.
-    """
+    """Gaussians of a minibatch, averaged, for each of all series: to start from."""
 
     def widen(x, plate, axis):
         return jnp.repeat(x.mean(axis, keepdims=True), plate.total, axis)

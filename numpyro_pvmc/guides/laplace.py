@@ -48,8 +48,6 @@ def laplace(chain: Chain, coordinates: Coordinates, start: Proposal, iterations:
     first. The method may end at one mode of several; and it needs densities that are twice
     differentiable.
 
-    :param chain: the chain of the model.
-    :param coordinates: coordinates of its sites.
     :param start: Gaussians in these coordinates to start from. A series at whose end point the density is not concave keeps
         their covariances, and an absent step all of them.
     :param iterations: how many steps to try.

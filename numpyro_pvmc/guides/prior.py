@@ -60,8 +60,6 @@ def prior_coordinates(
     """Coordinates of draws from the prior, given the values of the chain.
 
     :param chain: the chain of the model; global sites that are not among its values are drawn.
-    :param coordinates: coordinates of its sites.
-    :param rng_key: random key.
     :param number: how many draws.
     :param strategy: one of NumPyro's initialisation strategies to take values of the chain's sites from instead.
     :return: arrays of shape ``(number, N, *plates, D)``, for the initial step and for the steps; ``None`` for a chain without

@@ -33,7 +33,6 @@ def check_particles(particles: str, num_particles: int) -> None:
     """Refuse an unknown way to draw particles, and say where an unlucky number of them wastes the better one.
 
     :param particles: a name.
-    :param num_particles: K, the number of particles at each time step.
     :raises ValueError: if there is no such way.
     """
     if particles not in PARTICLES:
@@ -49,7 +48,6 @@ def check_particles(particles: str, num_particles: int) -> None:
 def noise_shape(fn: dist.Distribution) -> tuple[int, ...] | None:
     """How many uniform numbers one draw of a distribution takes.
 
-    :param fn: a distribution.
     :return: their shape, whose leading axes are those of the distribution's batch; ``None`` if the distribution is not such a
         function of uniform numbers.
     """

@@ -28,11 +28,6 @@ def propose_gaussian(
 ) -> ChainPotentials:
     """Draw particles from a Gaussian proposal, and weigh them.
 
-    :param rng_key: random key.
-    :param chain: the chain of the model.
-    :param coordinates: coordinates of its sites.
-    :param proposal: Gaussians in these coordinates.
-    :param num_particles: K, the number of particles at each time step.
     :param particles: how particles are drawn.
     :param log_q_globals: log density of the global sites of `chain` under the distribution they were drawn from.
     :return: particles and potentials, given the global sites of `chain`.
@@ -57,12 +52,7 @@ def unless_worse(
     An estimate is unbiased, and so more than ``exp(3)`` times the evidence once in 20 times at most: nearer estimates say
     nothing of which proposal is better.
 
-    :param rng_key: random key.
-    :param chain: the chain of the model.
-    :param coordinates: coordinates of its sites.
-    :param proposal: Gaussians in these coordinates.
     :param fallback: others, of the same kind.
-    :param num_particles: K, the number of particles at each time step.
     """
 
     def log_evidence(proposal):
@@ -89,8 +79,6 @@ def refitted(
 ) -> Proposal:
     """A proposal moved towards the moments of weighted particles, and somewhat wider than these.
 
-    :param coordinates: coordinates of the chain's sites.
-    :param proposal: Gaussians in these coordinates.
     :param drawn: particles.
     :param log_weights: logs of their smoothing weights, shape ``(T + 1, *plates, K)``.
     :param mask: ``(T + 1, *plates)``, false where a step is absent.

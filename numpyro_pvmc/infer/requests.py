@@ -10,8 +10,6 @@ import numpy as np
 def check_programs(model: Callable, guide: Callable) -> None:
     """Refuse what is no program.
 
-    :param model: a NumPyro program.
-    :param guide: a NumPyro program.
     :raises TypeError: naming what is wrong.
     """
     for name, program in (("model", model), ("guide", guide)):
@@ -24,7 +22,6 @@ def check_programs(model: Callable, guide: Callable) -> None:
 def check_key(rng_key: jax.Array) -> None:
     """Refuse what is no random key.
 
-    :param rng_key: random key.
     :raises TypeError: if it is none.
     """
     if not isinstance(rng_key, jax.Array | np.ndarray):
@@ -47,7 +44,6 @@ def check_params(params: dict[str, Any]) -> None:
 def check_steps(num_steps: int) -> None:
     """Refuse a number of updates that is none.
 
-    :param num_steps: number of updates.
     :raises ValueError: naming it.
     """
     if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
@@ -57,7 +53,6 @@ def check_steps(num_steps: int) -> None:
 def check_sample_shape(sample_shape: tuple[int, ...]) -> None:
     """Refuse a shape that is none.
 
-    :param sample_shape: how many to draw.
     :raises TypeError: naming it.
     """
     if not isinstance(sample_shape, tuple | list) or not all(isinstance(size, int | np.integer) for size in sample_shape):

@@ -30,7 +30,6 @@ def expected(state: SVIState, optim: _NumPyroOptim) -> Expected:
     """What the states of an inference look like.
 
     :param state: one of them.
-    :param optim: its optimiser.
     """
     of_optim = jax.tree.structure(state.optim_state), tuple(map(jnp.shape, jax.tree.leaves(state.optim_state)))
     return Expected(_looks(optim.get_params(state.optim_state)), _looks(state.mutable_state or {}), of_optim)
@@ -40,7 +39,6 @@ def check_state(state: SVIState, optim: _NumPyroOptim, by_precision: Mapping[str
     """Refuse a state of another model, guide, optimiser or precision.
 
     :param state: the state; may be traced.
-    :param optim: the optimiser that is to go on.
     :param by_precision: what its states look like, by the precision in which they were made; ``None`` if any will do.
     :raises TypeError: if it is no state.
     :raises ValueError: naming what differs.

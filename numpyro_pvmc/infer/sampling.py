@@ -47,14 +47,8 @@ def sample(
 ) -> Sampled:
     """Draw joint trajectories from the smoothed posterior, and global sites afresh for each.
 
-    :param rng_key: random key.
     :param objective: has posteriors.
-    :param model: a NumPyro program.
-    :param guide: a NumPyro program that fits it.
-    :param arguments: what both are called with.
-    :param params: values of parameters and mutable state.
     :param choices: what else the posteriors of the objective take.
-    :param sample_shape: how many to draw.
     :param resample: whether to draw the global sites from their posterior, see :mod:`numpyro_pvmc.posterior.resampling`.
     :return: ``{site: (*sample_shape, ...)}``, and what tells whether they can be believed.
     """

@@ -17,8 +17,6 @@ _ROUNDS, _POWER = 15, 0.1  # of the warm-up of a refitted guide: how many at mos
 def growth(num_steps: int, num_particles: int, reweighted: bool = False) -> list[tuple[int, int]]:
     """Numbers of particles, and of steps for each, of a run that starts cold.
 
-    :param num_steps: number of steps in all.
-    :param num_particles: K, the number of particles at each time step.
     :param reweighted: whether a site of the guide learns by the reweighted gradient, which is noise with one particle.
     :return: pairs of a number of particles and a number of steps: a tenth of the steps with one particle, or 500 if that is
         more and not above a third; a twentieth for each of the numbers growing fourfold; the rest with K. Where a gradient is
@@ -63,7 +61,6 @@ def calls(num_steps: int, watched: bool) -> Iterator[int]:
 def warm_up(num_steps: int) -> int:
     """For how many steps of a run a refitted guide warms up, while the parameters of the model rest.
 
-    :param num_steps: number of steps in all.
     :return: a third of them, and no more than 15.
     """
     return min(num_steps // 3, _ROUNDS)

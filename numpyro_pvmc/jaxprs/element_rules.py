@@ -32,7 +32,6 @@ _MOST = 2**22  # elements of a product that are looked at one by one
 def rule_of(name: str) -> Callable[..., list[Value]] | None:
     """The rule of an operation, if there is one.
 
-    :param name: of the operation.
     :return: takes a book, parameters, results, operands; returns what is said of the results.
     """
     if name in MOVES:

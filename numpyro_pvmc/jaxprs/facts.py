@@ -115,7 +115,6 @@ class Book:
     def numbers_of(self, name: str, how: str, aval: Any, values: Sequence[Value]) -> np.ndarray | None:
         """Numbers of what an operation on elements returns: the same for the same operation on equal elements.
 
-        :param name: of the operation.
         :param how: what else it depends on.
         :param aval: shape and type of the result. Only of truth values without marks, which masks are, is every element
             compared with others by itself.
@@ -144,7 +143,6 @@ class Book:
     def numbers_of_whole(self, name: str, how: str, shape: tuple[int, ...], values: Sequence[Value]) -> np.ndarray:
         """Numbers of what an operation returns that mixes elements: the same for the same operation on equal operands.
 
-        :param name: of the operation.
         :param how: what else it depends on.
         :param shape: of the result.
         :param values: its operands.

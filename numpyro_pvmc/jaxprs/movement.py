@@ -152,7 +152,6 @@ ALONG: dict[str, Callable[..., tuple[int, ...]]] = {
 def broadcast_trailing(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Repeat along new axes at the end.
 
-    :param x: an array.
     :param shape: the shape to have.
     """
     return np.broadcast_to(x.reshape(x.shape + (1,) * (len(shape) - x.ndim)), shape)
@@ -178,7 +177,6 @@ def gather_positions(
     :param starts: values of its indices, as far as they are known.
     :param sure: where they are.
     :param out: shape of the result.
-    :param params: parameters of the operation.
     :return: positions in the operand, for an array of shape `out`.
     """
     numbers = params["dimension_numbers"]
@@ -206,7 +204,6 @@ def scatter_positions(
     :param starts: values of its indices, as far as they are known.
     :param sure: where they are.
     :param of: shape of the updates.
-    :param params: parameters of the operation.
     :return: positions in the operand, for an array of shape `of`.
     """
     numbers = params["dimension_numbers"]

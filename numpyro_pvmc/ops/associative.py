@@ -27,9 +27,6 @@ def products(
 ) -> list[Level]:
     """Products of the matrices that take alpha from one time step to the next: of one, of two, of four, .. of all.
 
-    :param node: potentials of the time steps.
-    :param edge: potentials of the transitions.
-    :param mask: which time steps are present.
     :return: a level for each power of two; none for a chain of one time step.
     """
     if len(node) == 1:

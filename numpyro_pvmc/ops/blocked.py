@@ -55,7 +55,6 @@ class Blocks(NamedTuple):
     def cut_mask(self, mask: Bool[Array, "T *batch"] | None, batch: tuple[int, ...]) -> Bool[Array, "L *blocks"] | None:
         """Which time steps after the first are present, cut.
 
-        :param mask: which time steps are present.
         :param batch: shape of the batch.
         """
         if self.number == 1 or (mask is None and not self.transitions % self.number):

@@ -36,10 +36,6 @@ def forward(
 ) -> tuple[Float[Array, "*batch"], Float[Array, "T *batch K"]]:
     """Forwards over the time steps.
 
-    :param node: potentials of the time steps.
-    :param edge: potentials of the transitions.
-    :param mask: which time steps are present.
-    :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: the log normalizer; alpha, the log of the total weight of all first parts of trajectories up to each particle,
         normalised.
     """
@@ -96,10 +92,6 @@ def log_sum_of_trajectories(
 
     No factor exceeds 1; and there is one exponential a pair, where the derivative of the forward pass has two.
 
-    :param node: potentials of the time steps.
-    :param edge: potentials of the transitions.
-    :param mask: which time steps are present.
-    :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: the log normalizer of each chain of the batch. It has derivatives of any order, in reverse mode.
     """
     if len(node) == 1:
@@ -120,10 +112,6 @@ def log_sum_and_weights(
 
     The gradient is computed along with the value and kept. It cannot be differentiated again, and the weights are constants.
 
-    :param node: potentials of the time steps.
-    :param edge: potentials of the transitions.
-    :param mask: which time steps are present.
-    :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: the sum of the log normalizers, log weights.
     """
     if len(node) == 1:
@@ -257,10 +245,6 @@ def backward(
     Differentiated through `jax.grad`, the gradient of :func:`log_sum_of_trajectories` would keep all S blocks of K x K,
     checkpointed or not.
 
-    :param node: potentials of the time steps.
-    :param edge: potentials of the transitions.
-    :param mask: which time steps are present.
-    :param number_of_blocks: how many stretches of the chain are gone through at once.
     :return: beta, the log of the total weight of all ends of trajectories from each particle on, up to a constant of each
         time step.
     """

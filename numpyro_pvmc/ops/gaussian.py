@@ -93,7 +93,6 @@ def widening(num_particles: int, dimensions: int, particles: str = "rqmc") -> fl
     :param num_particles: K.
     :param dimensions: D.
     :param particles: how particles are drawn; see :func:`numpyro_pvmc.guides.draws.draw`.
-    :return: v.
 
     .. doctest::
 
@@ -140,10 +139,7 @@ def spread(draws: Float[Array, "M N *plates D"]) -> Moments:
 
 
 def dense(moments: Moments) -> Moments:
-    """The same Gaussians with Cholesky factors.
-
-    :param moments: Gaussians.
-    """
+    """The same Gaussians with Cholesky factors."""
     if moments.is_full:
         return moments
     eye = jnp.eye(moments.mean.shape[-1], dtype=moments.factor.dtype)
@@ -151,8 +147,5 @@ def dense(moments: Moments) -> Moments:
 
 
 def diagonal(moments: Moments) -> Moments:
-    """The same Gaussians without correlations.
-
-    :param moments: Gaussians.
-    """
+    """The same Gaussians without correlations."""
     return Moments(moments.mean, jnp.sqrt(jnp.sum(moments.factor**2, -1))) if moments.is_full else moments

@@ -94,7 +94,6 @@ def trajectory(backward: Any, noise: jax.Array) -> jax.Array:
 
     :param backward: distributions of each state given the next; axes between those of time and of states are series.
     :param noise: independent standard Normal numbers, shaped like the states.
-    :return: the states.
     """
 
     def retreat(after, now):

@@ -17,7 +17,6 @@ def to_arviz(
 ) -> Any:
     """Make ArviZ data, with coordinates for time and plates.
 
-    :param structure: the structure of the chain.
     :param time: coordinate of its steps.
     :param samples: draws, ``{site: (number, ...)}``, for the group ``posterior``.
     :param observed: the data, by site.

@@ -32,7 +32,6 @@ class Health:
     :param share: ``{site: in which share of steps and series the effective sample size is low}``.
     :param first: ``{site: the first time}``.
     :param least: ``{site: the least effective sample size}``.
-    :param structure: the structure of the chain.
     :param number: K, the number of particles at each time step.
     """
 
@@ -48,7 +47,6 @@ class Health:
 def health(posterior: Weighted) -> Health:
     """Sum up what tells whether a posterior can be believed; to be compiled with what makes it.
 
-    :param posterior: a posterior.
     :return: few numbers.
     """
     log_z, structure = posterior.log_normalizer, posterior.structure

@@ -56,7 +56,6 @@ class Guide(NamedTuple):
     def origins(self, rng_key: jax.Array, coordinates: jax.Array | None = None) -> Origins | None:
         """Draw them, or put them at coordinates.
 
-        :param rng_key: random key.
         :param coordinates: where to put them.
         :return: ``None`` if there are none, or one of them is discrete or has no unconstrained coordinates.
         """
@@ -141,7 +140,6 @@ def resample_globals(
 ) -> Resampled:
     """Draw global sites from their posterior.
 
-    :param rng_key: random key.
     :param guide: the guide.
     :param evaluate: takes a key, another for what is not weighed, and values of what the guide draws its global sites from, or
         none; returns anything, and the log of the weight of these sites under the guide.
@@ -204,7 +202,6 @@ def resample_globals(
 def systematic(rng_key: jax.Array, log_weights: jax.Array, number: int) -> jax.Array:
     """Indices, each as often as its weight says, in random order.
 
-    :param rng_key: random key.
     :param log_weights: logs of weights; what is not a number has none.
     :param number: how many indices.
     """

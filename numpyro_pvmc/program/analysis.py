@@ -27,8 +27,6 @@ from numpyro_pvmc.program.structure import Latent, Plate, Structure
 def analyse(model: Callable, arguments: Arguments, values: dict[str, Any]) -> Structure:
     """Find the Markov chain of a program.
 
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of parameters; those not given take their initial values.
     :return: its structure.
     :raises ValueError: if the program has no chain, or several, or one that is not first-order Markov; the message names

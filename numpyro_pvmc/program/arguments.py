@@ -11,7 +11,6 @@ import numpy as np
 def is_array_of_numbers(leaf: Any) -> bool:
     """Whether an argument of a program is data, which may be other numbers in the next call.
 
-    :param leaf: an argument, or a part of one.
     :raises TypeError: for a masked array of NumPy, whose mask JAX does not see.
     """
     if isinstance(leaf, np.ma.MaskedArray):
@@ -27,7 +26,6 @@ def is_array_of_numbers(leaf: Any) -> bool:
 def check_static(leaf: Any) -> Any:
     """An argument of a program that is no array, and so keeps its value while a program is compiled.
 
-    :param leaf: an argument, or a part of one.
     :raises TypeError: naming what it is, if it is not hashable.
     """
     if isinstance(leaf, Hashable) and (isinstance(leaf, np.generic) or not hasattr(leaf, "__array__")):
@@ -111,7 +109,6 @@ class _Frozen:
 class Held(Arguments):
     """Arguments of a program, some of whose arrays keep their numbers under `jax.jit`: these are static.
 
-    :param arguments: arguments.
     :param held: places of arrays among them, as :func:`places` names them; those that are not there are ignored.
     """
 
@@ -135,18 +132,12 @@ class Held(Arguments):
 
 
 def places(arguments: Arguments) -> list[str]:
-    """Names of the places of the arrays among arguments, in the order of their leaves.
-
-    :param arguments: arguments.
-    """
+    """Names of the places of the arrays among arguments, in the order of their leaves."""
     arrays = {id(leaf) for leaf in jax.tree.leaves(arguments)}
     everywhere = jax.tree.leaves_with_path((arguments.args, arguments.kwargs))
     return [jax.tree_util.keystr(path) for path, leaf in everywhere if id(leaf) in arrays]
 
 
 def called(program: Callable) -> str:
-    """What a program is called: the name of the function, or the class of the object.
-
-    :param program: a NumPyro program.
-    """
+    """What a program is called: the name of the function, or the class of the object."""
     return getattr(program, "__name__", type(program).__name__)

@@ -39,8 +39,6 @@ class Bounds(NamedTuple):
 def list_values(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> Structure:
     """Give discrete sites the values that they can have at any step.
 
-    :param structure: the structure of the chain.
-    :param model: a NumPyro program.
     :param arguments: what it is called with; numbers among them that are not traced may bound a count.
     :param values: values of parameters. They bound none, for they are to be trained.
     :return: the structure, with the values of sites that have bounds, and the reason why the others have none.
@@ -109,10 +107,6 @@ def warn_of_cut(
 ) -> None:
     """Say so if a declared largest count leaves out counts that matter.
 
-    :param structure: the structure of the chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with, not traced.
-    :param values: values of parameters.
     :param probabilities: of the values of each summed site, as :func:`numpyro_pvmc.chain.enumeration.probabilities` has them.
     """
     suspects = {site.name: _mass_at_the_end(site, structure, probabilities[site.name]) for site in structure.states.values()}
@@ -142,11 +136,7 @@ def _mass_at_the_end(site, structure, probabilities):
 
 
 def reads_numbers(model: Callable, arguments: Arguments) -> bool:
-    """Whether a discrete latent site has a support that is no constant of the program: numbers of its arguments may bound it.
-
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    """
+    """Whether a discrete latent site has a support that is no constant of the program: arguments may bound it."""
     found = []
 
     def look(arguments):
@@ -166,9 +156,6 @@ def bounds_of_counts(
 ) -> dict[str, Bounds]:
     """Bounds of the counts of a chain, step by step.
 
-    :param structure: the structure of the chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of parameters, which are not looked at.
     :param numbers: the leaves of `arguments` that are looked at, ``None`` in place of others; all by default.
     :return: bounds of those discrete sites whose support is no constant of the program, by name. They are traced if the

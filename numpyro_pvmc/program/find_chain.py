@@ -37,9 +37,6 @@ class Found(NamedTuple):
 def survey(model: Callable, arguments: Arguments, values: dict[str, Any]) -> tuple[list[Found], Sites]:
     """Run a program abstractly, one step of every scan.
 
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters.
     :return: its scans in order, and the sites outside of them.
     :raises ValueError: if an observed value does not fit its distribution, or a scan its inputs.
     """
@@ -105,8 +102,6 @@ def capture(
 ) -> tuple[Scan, Sites]:
     """Run a program up to its chain, and past it with outputs of zero.
 
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of parameters and of sites outside the scan.
     :param chain: which of its scans, in order, and the types of its carry: as found, or a structure.
     :param rng_key: random key of what is not given, where that matters.
@@ -121,7 +116,6 @@ def capture(
 def without_chain(model: Callable, chain: Found | Any) -> Callable:
     """The program that goes past its chain with outputs of zero.
 
-    :param model: a NumPyro program.
     :param chain: as for :func:`capture`.
     """
     return seed(AtScan(model, functools.partial(_in_place_of_chain, chain, [])), _KEY)
@@ -163,7 +157,6 @@ def unknown(tree: Any) -> Any:
 def with_carry_dtypes(scan: Scan, dtypes: tuple[Any, ...]) -> Scan:
     """A scan whose first carry has the types that `jax.lax.scan` gives it.
 
-    :param scan: a scan.
     :param dtypes: types of the leaves of its carry.
     """
     leaves, treedef = jax.tree.flatten(scan.init)
@@ -174,7 +167,6 @@ def with_carry_dtypes(scan: Scan, dtypes: tuple[Any, ...]) -> Scan:
 def length_of(scan: Scan) -> int:
     """Number of steps of a scan.
 
-    :param scan: a scan.
     :raises ValueError: if its inputs and its `length` disagree, or there are no steps.
     """
     leaves = jax.tree.leaves(scan.xs)
@@ -212,7 +204,6 @@ def stacked_zeros(one: Any, length: int) -> Any:
     """Zeros like what a step returns, with a leading time axis.
 
     :param one: a pytree of arrays and numbers.
-    :param length: number of steps.
     """
     return jax.tree.map(lambda leaf: jnp.zeros((length, *jnp.shape(leaf)), jnp.result_type(leaf)), one)
 

@@ -139,10 +139,7 @@ def run(
 ) -> Sites:
     """Run a program with some of its sites given.
 
-    :param program: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of parameters and sites, by name; sites not among them are drawn.
-    :param rng_key: random key.
     :param at_scan: is told of each scan, in order; what it returns stands for the last carry, the outputs and the batch shapes
         of the sample sites of the scan, time included, which the program then does not have. ``None`` runs the scan.
     :return: the sites outside the scans that were replaced, by name.
@@ -155,8 +152,6 @@ def run(
 def parameters_of(program: Callable, arguments: Arguments, values: dict[str, Any]) -> set[str]:
     """Names of the parameters that a program declares.
 
-    :param program: a NumPyro program.
-    :param arguments: what it is called with.
     :param values: values of parameters and sites.
     """
     names = set()
@@ -172,12 +167,10 @@ def parameters_of(program: Callable, arguments: Arguments, values: dict[str, Any
 def run_body(scan: Scan, t: Any, carry: Any, x: Any, values: dict[str, Any], length: int) -> tuple[Any, Any, Sites]:
     """Run the body of a scan for one step, under the handlers that stood around the scan.
 
-    :param scan: the scan.
     :param t: number of the step, from 0.
     :param carry: carry before the step.
     :param x: inputs of the step.
     :param values: values of latent sites of the step; others are drawn.
-    :param length: number of steps.
     :return: carry after the step, output, sites.
     """
     rng_key = random.key(0) if scan.rng_key is None else scan.rng_key
@@ -203,7 +196,6 @@ def under_handlers(sites: Sites, scan: Scan, t: Any) -> Sites:
     """The sites of a step as the handlers around the scan leave them: masked, scaled.
 
     :param sites: sites of one step.
-    :param scan: the scan.
     :param t: number of the step, from 0.
     """
     changed = {}
@@ -222,7 +214,6 @@ def batch_shapes(sites: Sites, length: int) -> Shapes:
     """Batch shapes of the sample sites of a scan, by name.
 
     :param sites: sites of one step.
-    :param length: number of steps.
     """
     return {name: (length, *site["fn"].batch_shape) for name, site in sites.items() if site["type"] == "sample"}
 
@@ -267,7 +258,6 @@ def _given_at_step(given, t, length, site):
 def log_prob(site: Site) -> jax.Array:
     """Log density of a site at its value, masked and scaled, not summed.
 
-    :param site: a sample site.
     :return: an array of the site's batch shape.
     """
     log_density = site["fn"].log_prob(site["value"])
@@ -279,10 +269,6 @@ def log_densities(
 ) -> Sites:
     """Run a guide at given values of its sites.
 
-    :param guide: a NumPyro program.
-    :param arguments: what it is called with.
-    :param params: values of its parameters.
-    :param rng_key: random key.
     :param values: values of its sample sites.
     :return: its latent sample sites.
     """

@@ -37,10 +37,6 @@ def check_masks(
 ) -> str | None:
     """Look at the masks of a step, and at what becomes of the state where they are false.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters.
     :param unread: of each state leaf, whether nothing reads it.
     :return: how the state is kept without being held, ``"window"`` or ``"other"``; ``None`` if it is held, or needs not be.
     :raises ValueError: if a mask reads latent sites, or sites whose state is held stand under different masks.

@@ -17,10 +17,6 @@ from numpyro_pvmc.program.structure import Structure, per_series, time_rows
 def check_independence(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
     """Refuse series that read each other, and emissions after the scan that read other times.
 
-    :param structure: the structure of the program's chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters.
     :raises ValueError: naming the site that reads what it must not.
     """
     one = {name: jnp.zeros(site.shape, site.dtype) for name, site in structure.sites.items()}

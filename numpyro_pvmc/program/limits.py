@@ -26,7 +26,6 @@ Limits = tuple[Any, Any]
 def limits(fn: dist.Distribution, max_count: Any = None) -> Limits:
     """The least and the largest whole number that single draws of a discrete distribution can be.
 
-    :param fn: a distribution.
     :param max_count: the largest number that counts, if one is declared.
     :return: numbers, or arrays that broadcast with its draws; infinite where there is none.
     """
@@ -92,7 +91,6 @@ class Within(Messenger):
 def without_mass(site: Site, log_density: jax.Array) -> jax.Array:
     """A log density of a site, or -inf where :class:`Within` has moved its value.
 
-    :param site: a sample site.
     :param log_density: its log density at the value that it was moved to, of its batch shape.
     """
     if _OUTSIDE not in site["infer"]:

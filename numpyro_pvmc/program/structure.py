@@ -199,7 +199,6 @@ def per_series(log_density: jax.Array, plates: tuple[Plate, ...]) -> jax.Array:
     """Sum a log density over all axes but those of the plates.
 
     :param log_density: an array of a site's batch shape.
-    :param plates: plates, leftmost first.
     :return: an array of shape ``(*plates)``.
     """
     ndim = max([log_density.ndim] + [-plate.dim for plate in plates])
@@ -213,8 +212,6 @@ def align(weights: jax.Array, latent: Latent, structure: Structure) -> jax.Array
     """Give weights the axes of a site.
 
     :param weights: an array with trailing axes ``(*plates)``.
-    :param latent: a site of the chain.
-    :param structure: the structure of the chain.
     :return: the array, with trailing axes that broadcast with the site's shape.
     """
     shape = [1] * len(latent.shape)
@@ -228,7 +225,6 @@ def time_rows(site: Site, length: int, plates: tuple[Plate, ...]) -> jax.Array:
 
     :param site: an observed site, with time as its leading axis.
     :param length: number of steps of the scan.
-    :param plates: plates, leftmost first.
     :return: an array of shape ``(length, *plates)`` or ``(length + 1, *plates)``.
     :raises ValueError: if the site has no leading time axis.
     """
@@ -259,8 +255,6 @@ def to_canonical(x: jax.Array, latent: Latent, structure: Structure) -> jax.Arra
     """Move plates to the front of a site's axes, and drop batch axes of one element that are no plate.
 
     :param x: an array whose trailing axes are those that the model gives the site.
-    :param latent: a site of the chain.
-    :param structure: the structure of the chain.
     :return: an array of shape ``(..., *plates, *event)``; batch axes that are no plate count as event axes.
     """
     axes, leading = _axes(latent, structure), x.ndim - len(latent.shape)
@@ -273,8 +267,6 @@ def from_canonical(x: jax.Array, latent: Latent, structure: Structure) -> jax.Ar
     """Undo :func:`to_canonical`.
 
     :param x: an array of shape ``(..., *plates, *event)``.
-    :param latent: a site of the chain.
-    :param structure: the structure of the chain.
     :return: an array whose trailing axes are those that the model gives the site.
     """
     axes = _axes(latent, structure)

@@ -20,10 +20,6 @@ def read_through_sum(structure: Structure, model: Callable, arguments: Arguments
 
     It is read off the program: what does with the two anything but add them is taken to read them apart.
 
-    :param structure: the structure of the chain.
-    :param model: a NumPyro program.
-    :param arguments: what it is called with.
-    :param values: values of parameters.
     :return: first the one whose density may read the state before, then the other, whose density reads neither that nor the
         first; nothing if there are no such two.
     """

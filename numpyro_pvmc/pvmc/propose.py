@@ -47,13 +47,7 @@ def propose(
 ) -> Proposed:
     """Draw particles from the guide, and weigh them.
 
-    :param rng_key: random key.
-    :param structure: the structure of the model's chain.
-    :param model: a NumPyro program.
     :param guide: a NumPyro program that samples the chain's sites with a leading time axis, and the global sites.
-    :param arguments: what both are called with.
-    :param params: values of parameters and mutable state.
-    :param num_particles: K, the number of particles at each time step.
     :param gradient: which gradient the guide's parameters get from the log normalizer: ``"reparam"`` that of the bound;
         ``"doubly_reparam"`` one of the same mean whose noise does not drown it as K grows; ``"sticking"`` that of the bound
         with the parameters in log q held fixed, biased for K > 1; ``"reweighted"`` that of the mean of log q over the

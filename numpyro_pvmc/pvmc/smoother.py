@@ -41,11 +41,6 @@ def smooth(
 ) -> SmoothedPosterior:
     """Draw particles from the guide, refitted first if that is asked for, and weigh them.
 
-    :param rng_key: random key.
-    :param model: a NumPyro program.
-    :param guide: a NumPyro program that fits it.
-    :param arguments: what both are called with.
-    :param params: values of parameters and mutable state.
     :param loss: says how many particles, how they are drawn and how trajectories are summed.
     :param refine: number of rounds in which the guide's Gaussians are refitted.
     :param temper: power of the transition densities in the first of them.
@@ -101,11 +96,6 @@ def refine_proposal(
 ) -> Proposal:
     """Refit a proposal for a number of rounds.
 
-    :param rng_key: random key.
-    :param chain: the chain of the model.
-    :param coordinates: coordinates of its sites.
-    :param proposal: Gaussians in these coordinates to start from.
-    :param num_particles: K, the number of particles at each time step.
     :param rounds: how many.
     :param temper: the power to which transition densities are raised in the first round; it rises to 1, and stays there for
         the last quarter of the rounds. Less than 1 helps where transitions are tight against the width of the proposal.
