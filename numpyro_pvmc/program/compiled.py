@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,7 +14,6 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_pvmc.program.arguments import signature
 from numpyro_pvmc.program.waiting import announced
 
 
@@ -151,7 +150,7 @@ class Compiled:
         lowered = traced.lower()
         text = hashlib.blake2b(lowered.as_text().encode()).digest()
         # JAX may pass constants beside the text.
-        same = text, tuple(map(digest, constants(traced.jaxpr))), jax.tree.structure(traced.out_info)
+        same = text, digest(traced.jaxpr), jax.tree.structure(traced.out_info)
         program = self._of_model[same] = self._of_model.pop(same, None) or lowered.compile()
         if len(self._of_model) > _MOST_PROGRAMS:
             del self._of_model[next(iter(self._of_model))]
@@ -179,36 +178,35 @@ def _placed(leaf):
     return jax.typeof(leaf), getattr(leaf, "sharding", None), getattr(leaf, "committed", False)
 
 
-def constants(found: jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr) -> Iterator[Any]:
-    """Arrays that a jaxpr has from outside, and those of the functions that it calls.
+def digest(closed: jax.extend.core.ClosedJaxpr) -> Hashable:
+    """What two jaxprs have in common that have the same numbers from outside, those of the functions that they call, too.
 
-    :param found: a jaxpr.
+    Of tracers, and of keys, it is what they look like.
     """
-    jaxpr = found
+    return tuple(map(_of_array, _constants(closed)))
+
+
+def _constants(found):
+    jaxpr, constants = found, []
     if isinstance(found, jax.extend.core.ClosedJaxpr):
-        yield from found.consts
-        jaxpr = found.jaxpr
+        jaxpr, constants = found.jaxpr, list(found.consts)
     for equation in jaxpr.eqns:
-        for operand in equation.invars:
-            if isinstance(operand, jax.extend.core.Literal):
-                yield operand.val
-        inner = jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr)
-        for part in filter(_is_jaxpr, inner):
-            yield from constants(part)
+        constants += [operand.val for operand in equation.invars if isinstance(operand, jax.extend.core.Literal)]
+        for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(part):
+                constants += _constants(part)
+    return constants
 
 
 def _is_jaxpr(part):
     return isinstance(part, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr)
 
 
-def digest(constant: Any) -> Hashable:
-    """What two arrays have in common that have the same numbers; of tracers, and keys, what they look like.
-
-    :param constant: an array.
-    """
-    if isinstance(constant, jax.core.Tracer) or jax.dtypes.issubdtype(jnp.result_type(constant), jax.dtypes.extended):
-        return signature(constant)
-    return signature(constant), hashlib.blake2b(np.asarray(constant).tobytes(), digest_size=16).digest()
+def _of_array(array):
+    looks = jnp.shape(array), jnp.result_type(array)
+    if isinstance(array, jax.core.Tracer) or jax.dtypes.issubdtype(looks[1], jax.dtypes.extended):
+        return looks
+    return looks, hashlib.blake2b(np.asarray(array).tobytes(), digest_size=16).digest()
 
 
 def _owner_and_method(model):
