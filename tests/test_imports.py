@@ -13,7 +13,7 @@ def python(program):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("module", "package"), [("exact", "cuthbertlib"), ("networks", "flax")])
+@pytest.mark.parametrize(("module", "package"), [("networks", "flax")])
 def test_a_missing_extra_is_named(module, package):
     done = python(f"import sys\nsys.modules[{package!r}] = None\nimport numpyro_pvmc.{module}")
     assert done.returncode == 1

@@ -16,10 +16,11 @@ from numpyro.handlers import condition
 from numpyro_pvmc.chain.chain import read_chain
 from numpyro_pvmc.chain.explanation import refuse_nan
 from numpyro_pvmc.chain.faults import at_point, first_place, series
-from numpyro_pvmc.chain.linear_gaussian import by_site, check_linear_gaussian, covariances_by_site, matrices, native
+from numpyro_pvmc.chain.linear_gaussian import by_site, covariances_by_site, matrices, native
 from numpyro_pvmc.chain.potentials import enumerated
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import check_data, check_distributions
+from numpyro_pvmc.exact.evidence import integrable
 from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.ops.smoothing import marginals
@@ -28,7 +29,7 @@ from numpyro_pvmc.posterior.diagnostics import check_posterior, health
 from numpyro_pvmc.posterior.particles import SmoothedPosterior, smoothed_posterior
 from numpyro_pvmc.program.arguments import Arguments, is_traced
 from numpyro_pvmc.program.compiled import for_each_model
-from numpyro_pvmc.program.structure import Structure, refuse_unlisted
+from numpyro_pvmc.program.structure import Structure
 from numpyro_pvmc.program.switches import where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
 
@@ -139,9 +140,9 @@ class ExactPosterior(ChainPosterior):
 def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwargs: Any) -> ExactPosterior | SmoothedPosterior:
     """The evidence and the smoothed posterior of a chain that has them in closed form.
 
-    Of a linear-Gaussian chain, by the Kalman filter of `cuthbert`; of one with discrete states only, each with finitely many
-    values, by the forward-backward algorithm. Which it is, is read off the program. Both are exact to rounding, and
-    differentiable with respect to `params` and the data.
+    Of a linear-Gaussian chain, by the Kalman filter (:mod:`numpyro_pvmc.ops.kalman`); of one with discrete states only, each
+    with finitely many values, by the forward-backward algorithm. Which it is, is read off the program. Both are exact to
+    rounding, and differentiable with respect to `params` and the data.
 
     Counts have finitely many values if the program bounds them, as it does those of survivors of a first population, or if they
     declare the largest that matters, ``infer={"max_count": n}``. The evidence is then that of all counts up to it, and a
@@ -182,18 +183,15 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
             f"The model has the global sites {unknown}, and the posterior of its chain is exact given their values only. Give "
             "these in `params`, or with `numpyro.handlers.condition`; or use `PVMC.posterior`."
         )
-    finite = structure.summing(structure.finite)
-    if finite.sites:
-        refuse_unlisted(finite.sites.values(), "and an exact posterior has no guide that samples it")
-        check_linear_gaussian(structure, model, arguments, params)
+    structure = integrable(structure, model, arguments, params)
     if not is_traced((arguments, params)):
         check_data(structure, model, arguments, params)
     # JAX never forgets the structure of a compiled function's result, and what is static in it.
     with where_nan_means_missing():
         outside = {"model": model, "arguments": jax.tree.map(jnp.asarray, arguments)}
-    if not finite.sites:
-        posterior, found = _sum(model, finite, arguments, params)
-        posterior = dataclasses.replace(posterior, structure=finite, **outside)
+    if not structure.sites:
+        posterior, found = _sum(model, structure, arguments, params)
+        posterior = dataclasses.replace(posterior, structure=structure, **outside)
         check_posterior(posterior, found)
         return posterior
     posterior, partly = _condition(model, structure, arguments, params)

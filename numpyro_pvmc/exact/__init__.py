@@ -1,0 +1,6 @@
+"""Integrate linear-Gaussian and finite chains out exactly: their evidence, their posterior, programs without them."""
+
+from numpyro_pvmc.exact.marginal import marginalize, sample_states
+from numpyro_pvmc.exact.posterior import ExactPosterior, exact_posterior
+
+__all__ = ["ExactPosterior", "exact_posterior", "marginalize", "sample_states"]
