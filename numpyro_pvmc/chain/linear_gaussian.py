@@ -7,7 +7,7 @@ each series: the latent sites of a step one after the other; before the first st
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from jax import lax
 
 from numpyro_pvmc.chain.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step
 from numpyro_pvmc.jaxprs.dependence import changes_by_steps, follows_slope, influence
-from numpyro_pvmc.ops.kalman import Matrices, block_diagonal
+from numpyro_pvmc.ops.kalman import Matrices, block_diagonal, root_of
 from numpyro_pvmc.program.arguments import Arguments
 from numpyro_pvmc.program.distributions import WRAPPERS
 from numpyro_pvmc.program.handlers import Site
@@ -62,7 +62,27 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
         distributions = linearise(read_chain(structure, model, arguments, values), parts["states"])
         return {name: distribution._asdict() for name, distribution in distributions.items()}
 
-    states = np.zeros(_shape(structure), jnp.result_type(float))
+    states = np.zeros(shape_of_states(structure), jnp.result_type(float))
+    check_affine(means, slopes, states, arguments, values, structure)
+
+
+def check_affine(
+    means: Callable,
+    slopes: Callable,
+    states: Any,
+    arguments: Arguments,
+    values: dict[str, Any],
+    structure: Structure,
+    carries: Collection[str] = (),
+) -> None:
+    """Refuse distributions whose means are not affine in the states, or of which anything else reads these.
+
+    :param means: takes states, arguments and values, and returns means by name.
+    :param slopes: takes ``{"states": states}``, and returns the fields of :class:`Linear` by name.
+    :param states: arrays.
+    :param carries: names among these that are of no site, but of the carry.
+    :raises ValueError: naming the site, or the carry.
+    """
     try:
         reads = influence(slopes, {"states": states})["states"]
     except TypeError as error:
@@ -75,6 +95,13 @@ def check_linear_gaussian(structure: Structure, model: Callable, arguments: Argu
     follows = follows_slope(means, states, arguments, values)
     steps = changes_by_steps(lambda states: means(states, arguments, values), states)
     for name, read in reads.items():
+        if name in carries:
+            if read["lag"] or read["now"] or steps[name] or not follows[name]:
+                raise ValueError(
+                    "The carry of the scan is not affine in the carry before and the latent sites of the step, so the chain is "
+                    "not linear-Gaussian, and has no exact posterior here."
+                )
+            continue
         if read["root"]:
             raise _refusal(name, "has a Normal distribution whose covariance reads the chain's latent sites")
         if read["mask"]:
@@ -128,14 +155,14 @@ def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Ar
         present, shape ``(T, *plates)``, or ``None`` if they all are; which latent sites are masked in part: an element of
         theirs has no distribution, and what is computed from the matrices is NaN.
     """
-    structure, shape = chain.structure, _shape(chain.structure)
+    structure, shape = chain.structure, shape_of_states(chain.structure)
     linear = linearise(chain, jnp.zeros(shape))
     there = presence(chain)
     present = jnp.ones(shape[:-1], bool) if there is None else jnp.ones(shape[:-1], bool).at[1:].set(there.steps)
     partly = {name: present[1:, ..., None] & ~linear[name].mask for name in structure.step}
     partly |= {name: ~linear[name].mask for name in structure.initial}
     linear |= {n: linear[n]._replace(mean=jnp.where(where, jnp.nan, linear[n].mean)) for n, where in partly.items()}
-    is_lagged = any(name in structure.edge_factors for name in _emissions(structure))
+    is_lagged = any(name in structure.edge_factors for name in emissions(structure))
     transition = _transition(linear, structure, present)
     emission = _emission(linear, structure, is_lagged)
     transition = _with_lag(*transition, present) if is_lagged else transition
@@ -175,8 +202,10 @@ def native(states: jax.Array, structure: Structure) -> dict[str, jax.Array]:
     return {name: from_canonical(tidied[name], site, structure).astype(site.dtype) for name, site in structure.sites.items()}
 
 
-def _shape(structure):
-    """Shape of the states: a time step with fewer numbers than another has spare ones that nothing reads."""
+def shape_of_states(structure: Structure) -> tuple[int, ...]:
+    """Shape of the states, ``(T + 1, *plates, U)``: a time step with fewer numbers than another has spare ones that nothing
+    reads.
+    """
     sizes = [sum(_size(site, structure) for site in sites) for sites in (structure.initial_sites, structure.step_sites)]
     return structure.length + 1, *(plate.size for plate in structure.plates), max(sizes)
 
@@ -198,7 +227,8 @@ def _split(states, sites, structure):
     return parts
 
 
-def _emissions(structure):
+def emissions(structure: Structure) -> tuple[str, ...]:
+    """Names of the observed sites of a step."""
     return tuple(name for name in (*structure.edge_factors, *structure.node_factors) if name not in structure.step)
 
 
@@ -221,18 +251,20 @@ def _distributions(chain, before, now):
 
     def at_step(inputs, state, latent):
         _, output, sites = sites_of_step(chain, inputs, state, latent)
-        return output, {name: _distribution(sites[name], structure) for name in (*structure.step, *_emissions(structure))}
+        return output, {name: distribution_of(sites[name], structure) for name in (*structure.step, *emissions(structure))}
 
     outputs, distributions = jax.vmap(at_step)(chain.inputs, states, pick(now, structure.step))
     _, sites = sites_at_start(chain, pick(now, structure.initial))
-    distributions |= {name: _distribution(sites[name], structure) for name in (*structure.initial, *structure.initial_factors)}
+    distributions |= {
+        name: distribution_of(sites[name], structure) for name in (*structure.initial, *structure.initial_factors)
+    }
     if structure.later_factors:
         sites = sites_after_scan(chain, pick(now, structure.initial), outputs)
-        distributions |= {name: _distribution(sites[name], structure, leading=1) for name in structure.later_factors}
+        distributions |= {name: distribution_of(sites[name], structure, leading=1) for name in structure.later_factors}
     return distributions
 
 
-def _distribution(site: Site, structure: Structure, leading: int = 0) -> Distribution:
+def distribution_of(site: Site, structure: Structure, leading: int = 0) -> Distribution:
     """The distribution of a site, with `leading` axes of time."""
     name, fn, shape, border = site["name"], site["fn"], site["fn"].shape(), len(site["fn"].batch_shape)
     if site["scale"] is not None:
@@ -247,10 +279,14 @@ def _distribution(site: Site, structure: Structure, leading: int = 0) -> Distrib
     if isinstance(fn, dist.Normal):
         # A covariance would not see the sign of a scale that is none.
         root = jnp.broadcast_to(jnp.where(fn.scale < 0, jnp.nan, fn.scale), shape)[..., None]
+    elif isinstance(fn, dist.Delta):
+        root = jnp.zeros((*shape, 1))
     elif isinstance(fn, dist.MultivariateNormal):
-        root = jnp.broadcast_to(fn.scale_tril, (*shape, shape[-1]))
+        # A singular covariance has no Cholesky factor that NumPyro could have computed.
+        root = root_of(fn.covariance_matrix) if "covariance_matrix" in vars(fn) else fn.scale_tril
+        root = jnp.broadcast_to(root, (*shape, shape[-1]))
     elif isinstance(fn, dist.LowRankMultivariateNormal):
-        root = jnp.broadcast_to(jnp.linalg.cholesky(fn.covariance_matrix), (*shape, shape[-1]))
+        root = jnp.broadcast_to(root_of(fn.covariance_matrix), (*shape, shape[-1]))
     else:
         raise _refusal(name, f"has a {type(fn).__name__} distribution")
     # Time may be the first axis of the event.
@@ -272,16 +308,16 @@ def _distribution(site: Site, structure: Structure, leading: int = 0) -> Distrib
 
 def _transition(linear, structure, present):
     """F, c and the root of Q."""
-    plates, width = present.shape[1:], _shape(structure)[-1]
+    plates, width = present.shape[1:], shape_of_states(structure)[-1]
 
     def solved(names, leading):
-        distribution = _join([linear[name] for name in names], (*leading, *plates), width)
+        distribution = join([linear[name] for name in names], (*leading, *plates), (width, width))
         size = distribution.mean.shape[-1]
         # A site may read those before it: x = mean + lag x_before + now x + noise, and `now` is strictly lower triangular.
         own = jnp.eye(size) - distribution.now[..., :size]
         right = jnp.concatenate([distribution.lag, distribution.mean[..., None], distribution.root], -1)
         right = lax.linalg.triangular_solve(own, right, left_side=True, lower=True, unit_diagonal=True)
-        right = _padded(right, width - size, -2)
+        right = padded(right, width - size, -2)
         # Spare numbers are independent noise, so that no covariance is singular.
         spare = jnp.broadcast_to(jnp.eye(width)[:, size:], (*right.shape[:-1], width - size))
         return right[..., :width], right[..., width], jnp.concatenate([right[..., width + 1 :], spare], -1)
@@ -303,45 +339,50 @@ def _with_lag(F, c, root, present):
     there, zero_first = present[..., None, None], jnp.where(is_first, 0.0, one)
     below = jnp.concatenate([jnp.where(there, zero_first, 0.0), jnp.where(there, 0.0, one)], -1)
     F = jnp.concatenate([jnp.concatenate([F, none], -1), below], -2)
-    return F, _padded(c, c.shape[-1], -1), block_diagonal([root, jnp.where(is_first, one, none)])
+    return F, padded(c, c.shape[-1], -1), block_diagonal([root, jnp.where(is_first, one, none)])
 
 
 def _emission(linear, structure, is_lagged):
     """H, d, the root of R, and y."""
-    _, *plates, width = _shape(structure)
-    initial = _join([linear[name] for name in structure.initial_factors], plates, width)
-    body = _join([linear[name] for name in _emissions(structure)], (structure.length, *plates), width)
+    _, *plates, width = shape_of_states(structure)
+    initial = join([linear[name] for name in structure.initial_factors], plates, (width, width))
+    body = join([linear[name] for name in emissions(structure)], (structure.length, *plates), (width, width))
     size = max(initial.mean.shape[-1], body.mean.shape[-1], 1)
-    initial, body = _fill(initial, size), _fill(body, size)
+    initial, body = fill(initial, size), fill(body, size)
     distributions = [jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, body)]
     for name in structure.later_factors:
         # Of T rows there is none for the initial step.
         missing = structure.length + 1 - len(linear[name].mean)
         distributions.append(jax.tree.map(lambda x, n=missing: jnp.pad(x, [(n, 0)] + [(0, 0)] * (x.ndim - 1)), linear[name]))
-    distribution = _join(distributions, (structure.length + 1, *plates), width)
+    distribution = join(distributions, (structure.length + 1, *plates), (width, width))
     H = jnp.concatenate([distribution.now, distribution.lag], -1) if is_lagged else distribution.now
     # The data are in d, where a NaN under no mask stays one: in y it means that there is nothing.
     return H, distribution.mean - distribution.value, distribution.root, jnp.where(distribution.mask, 0.0, jnp.nan)
 
 
-def _join(distributions, shape, width):
-    """Distributions one after the other."""
+def join(distributions: list[Linear], shape: tuple[int, ...], widths: tuple[int, int]) -> Linear:
+    """Distributions one after the other.
+
+    :param shape: ``(*plates)``, with time in front where they have it.
+    :param widths: how many numbers those of the step before have, and those of the step.
+    """
     empty = lambda *ends: jnp.zeros((*shape, 0, *ends))
-    none = Linear(empty(), empty(width), empty(width), empty(0), empty().astype(bool), empty())
+    none = Linear(empty(), empty(widths[0]), empty(widths[1]), empty(0), empty().astype(bool), empty())
     mean, lag, now, root, mask, value = zip(none, *distributions, strict=True)
     join = jnp.concatenate
     return Linear(join(mean, -1), join(lag, -2), join(now, -2), block_diagonal(root), join(mask, -1), join(value, -1))
 
 
-def _fill(distribution, size):
+def fill(distribution: Linear, size: int) -> Linear:
     """A distribution of `size` numbers, of which those added are masked."""
     added = size - distribution.mean.shape[-1]
-    mean, mask, value = (_padded(x, added, -1) for x in (distribution.mean, distribution.mask, distribution.value))
-    lag, now = (_padded(x, added, -2) for x in (distribution.lag, distribution.now))
-    return Linear(mean, lag, now, _padded(_padded(distribution.root, added, -2), added, -1), mask, value)
+    mean, mask, value = (padded(x, added, -1) for x in (distribution.mean, distribution.mask, distribution.value))
+    lag, now = (padded(x, added, -2) for x in (distribution.lag, distribution.now))
+    return Linear(mean, lag, now, padded(padded(distribution.root, added, -2), added, -1), mask, value)
 
 
-def _padded(x, added, axis):
+def padded(x: jax.Array, added: int, axis: int) -> jax.Array:
+    """Zeros at the end of an axis."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, added)
     return jnp.pad(x, widths)

@@ -52,24 +52,26 @@ class _Reading(NamedTuple):
         return is_same
 
 
-def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any]) -> Structure:
+def read_structure(model: Callable, arguments: Arguments, values: dict[str, Any], carried: bool = False) -> Structure:
     """Find the Markov chain of a program, and check that it is one.
 
     It is read once for arguments and values of the same structure, shapes and types, for which the program does the same, and
     forgotten with the program. Errors are not kept.
 
     :param values: values of parameters; those not given take their initial values.
+    :param carried: whether the carry may hold what is computed from the old carry and the sites of the step.
     :return: the structure of its chain.
     :raises ValueError: if it has none; see :func:`numpyro_pvmc.program.analysis.analyse` and
         :func:`numpyro_pvmc.program.independence.check_independence`.
     """
     of_model = _known.get(model, dict)
-    readings = of_model.setdefault((signature(arguments), jax.config.jax_enable_x64), [])
+    readings = of_model.setdefault((signature(arguments), jax.config.jax_enable_x64, carried), [])
     for reading in readings:
         if reading.holds_for(model, arguments, values):
             return reading.structure
-    structure = list_values(analyse(model, arguments, values), model, arguments, values)
-    structure = structure._replace(sum_of=read_through_sum(structure, model, arguments, values))
+    structure = list_values(analyse(model, arguments, values, carried), model, arguments, values)
+    if not structure.carried:
+        structure = structure._replace(sum_of=read_through_sum(structure, model, arguments, values))
     check_independence(structure, model, arguments, values)
     if isinstance(arguments, Held) or not structure.by_value:  # else it is one for these numbers
         given = _given(structure, values)

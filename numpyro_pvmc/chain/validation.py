@@ -103,10 +103,14 @@ class DataCheck:
             check_distributions(structure, self.model, arguments, params)
 
 
-def check_data(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
+def check_data(
+    structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any], with_densities: bool = True
+) -> None:
     """Look at the numbers: refuse data that are none or that their distributions cannot have, and masks that are not padding.
 
     :param values: values of parameters; those not given take their initial values.
+    :param with_densities: whether a site without a density is refused where there are NaN among the arguments, which may be
+        why; a singular covariance has none either.
     :raises ValueError: naming the site and the first time.
     """
     seen = jax.tree.map(np.asarray, _look(model, structure, arguments, values))
@@ -117,7 +121,7 @@ def check_data(structure: Structure, model: Callable, arguments: Arguments, valu
         _check_site(name, site, "time {0} of the scan", drawn is not None and drawn.supports_move[name])
     for name, site in seen.outside.items():
         _check_site(name, site, "index {}")
-    if drawn is not None:
+    if drawn is not None and with_densities:
         _check_densities(drawn, structure)
     if seen.masks is not None:
         _check_masks(structure, seen.masks)

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from numpyro_pvmc.chain.chain import read_chain
+from numpyro_pvmc.chain import carried
+from numpyro_pvmc.chain.chain import Chain, read_chain
 from numpyro_pvmc.chain.linear_gaussian import check_linear_gaussian, matrices
 from numpyro_pvmc.chain.potentials import enumerated
 from numpyro_pvmc.ops import kalman
@@ -32,9 +33,14 @@ def integrable(structure: Structure, model: Callable, arguments: Arguments, valu
     refuse_unlisted(finite.sites.values(), "and an exact posterior has no guide that samples it")
     checked = _checked.get(model, dict)
     if id(structure) not in checked:
-        check_linear_gaussian(structure, model, arguments, values)
+        (carried.check_carried if structure.carried else check_linear_gaussian)(structure, model, arguments, values)
         checked[id(structure)] = structure  # which is kept, so that no other has its number
     return structure
+
+
+def matrices_of(chain: Chain) -> tuple[kalman.Matrices, jax.Array | None, dict[str, jax.Array]]:
+    """The matrices of a linear-Gaussian chain; see :func:`numpyro_pvmc.chain.linear_gaussian.matrices`."""
+    return (carried.matrices if chain.structure.carried else matrices)(chain)
 
 
 @for_each_model(static_argnum=1, name="the evidence")
@@ -48,8 +54,7 @@ def log_evidence(model: Callable, structure: Structure, arguments: Arguments, va
     """
     chain = read_chain(structure, model, arguments, values)
     if structure.sites:
-        rows, _, _ = matrices(chain)
-        return kalman.log_evidence(rows)
+        return kalman.log_evidence(matrices_of(chain)[0])
     potentials = enumerated(chain)
     if len(potentials.node) == 1:
         return jax.nn.logsumexp(potentials.node[0], -1)

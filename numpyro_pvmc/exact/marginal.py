@@ -84,7 +84,7 @@ class Marginal:
     @of_the_library
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         arguments = Arguments(args, kwargs)
-        structure = read_structure(self.model, arguments, {})
+        structure = read_structure(self.model, arguments, {}, carried=True)
         factors = {*structure.node_factors, *structure.edge_factors, *structure.initial_factors, *structure.later_factors}
         observed = factors - set(structure.latents)
         if not observed:

@@ -16,11 +16,11 @@ from numpyro.handlers import condition
 from numpyro_pvmc.chain.chain import read_chain
 from numpyro_pvmc.chain.explanation import refuse_nan
 from numpyro_pvmc.chain.faults import at_point, first_place, series
-from numpyro_pvmc.chain.linear_gaussian import by_site, covariances_by_site, matrices, native
+from numpyro_pvmc.chain.linear_gaussian import by_site, covariances_by_site, native
 from numpyro_pvmc.chain.potentials import enumerated
 from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import check_data, check_distributions
-from numpyro_pvmc.exact.evidence import integrable
+from numpyro_pvmc.exact.evidence import integrable, matrices_of
 from numpyro_pvmc.ops.full_precision import full_precision
 from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory
 from numpyro_pvmc.ops.smoothing import marginals
@@ -177,7 +177,7 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
         [0.8, 1.4]
     """
     arguments = Arguments(args, kwargs)
-    structure = read_structure(model, arguments, params)
+    structure = read_structure(model, arguments, params, carried=True)
     if unknown := [name for name in structure.global_sites if name not in params]:
         raise ValueError(
             f"The model has the global sites {unknown}, and the posterior of its chain is exact given their values only. Give "
@@ -185,7 +185,7 @@ def exact_posterior(model: Callable, params: dict[str, Any], *args: Any, **kwarg
         )
     structure = integrable(structure, model, arguments, params)
     if not is_traced((arguments, params)):
-        check_data(structure, model, arguments, params)
+        check_data(structure, model, arguments, params, with_densities=False)
     # JAX never forgets the structure of a compiled function's result, and what is static in it.
     with where_nan_means_missing():
         outside = {"model": model, "arguments": jax.tree.map(jnp.asarray, arguments)}
@@ -235,7 +235,7 @@ def _check_numbers(posterior):
 def _condition(model, structure, arguments, params):
     """The posterior, without model and arguments, and which latent sites are masked in part."""
     chain = read_chain(structure, model, arguments, params)
-    rows, present, partly = matrices(chain)
+    rows, present, partly = matrices_of(chain)
     smooth_all = smooth
     for _ in structure.plates:
         smooth_all = jax.vmap(smooth_all, in_axes=1, out_axes=Smoothed(0, 1, 1, 1))

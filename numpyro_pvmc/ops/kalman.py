@@ -153,45 +153,57 @@ def block_diagonal(blocks: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(rows, -2)
 
 
-def triangular(rows: jax.Array, number: int | None = None) -> jax.Array:
+def triangular(rows: jax.Array) -> jax.Array:
     """A lower triangular square root of a covariance from one with any number of columns, by modified Gram-Schmidt.
 
     Unlike a QR decomposition it has derivatives where the covariance is singular: a row that is a combination of those before
     it, but for rounding, has a diagonal element of zero.
 
     :param rows: shape ``(D, M)``.
-    :param number: of rows from which columns are taken; all by default.
-    :return: shape ``(D, number)``; less columns than rows leave out what of the others is independent of them.
+    :return: shape ``(D, D)``.
     """
-    number = len(rows) if number is None else number
-    return _triangular(rows, number)[0]
-
-
-def _triangular(rows, number):
-    """The factor, and what is left of the rows."""
     tiny = (8 * rows.shape[-1] * jnp.finfo(rows.dtype).eps) ** 2
     sizes = lax.stop_gradient((rows**2).sum(-1))
 
-    def along(i, rows, row):
+    def along(rows, i):
+        row = rows[i]
         square = row @ row
         is_there = square > tiny * sizes[i]
         unit = jnp.where(is_there, row * lax.rsqrt(jnp.where(is_there, square, 1.0)), 0.0)
         column = jnp.where(jnp.arange(len(rows)) < i, 0.0, rows @ unit)
-        return column, rows - column[:, None] * unit
+        return rows - column[:, None] * unit, column
 
-    if number <= _UNROLLED:
-        columns = []
-        for i in range(number):
-            column, rows = along(i, rows, rows[i])
-            columns.append(column)
-        return jnp.stack(columns, -1), rows
+    if len(rows) > _UNROLLED:
+        return lax.scan(along, rows, jnp.arange(len(rows)))[1].T
+    columns = []
+    for i in range(len(rows)):
+        rows, column = along(rows, i)
+        columns.append(column)
+    return jnp.stack(columns, -1)
 
-    def body(rows, i):
-        column, rows = along(i, rows, rows[i])
-        return rows, column
 
-    rows, columns = lax.scan(body, rows, jnp.arange(number))
-    return columns.T, rows
+def root_of(covariance: jax.Array) -> jax.Array:
+    """The lower triangular square root of a covariance, which may be singular, with its derivatives.
+
+    :param covariance: shape ``(..., D, D)``.
+    :return: NaN for a matrix that has a negative eigenvalue, beyond rounding.
+    """
+    size = covariance.shape[-1]
+    scale = lax.stop_gradient(jnp.diagonal(covariance, axis1=-2, axis2=-1))
+    tiny = 8 * size * jnp.finfo(covariance.dtype).eps
+
+    def along(rest, i):
+        column = rest[..., i]
+        pivot = column[..., i]
+        is_there = pivot > tiny * scale[..., i]
+        unit = jnp.where(is_there[..., None], column * lax.rsqrt(jnp.where(is_there, pivot, 1.0))[..., None], 0.0)
+        largest = jnp.sqrt(tiny) * jnp.sqrt(jnp.abs(scale * scale[..., i, None]))
+        is_sound = is_there | (jnp.abs(column) <= largest).all(-1) & (pivot >= -tiny * scale[..., i])
+        unit = jnp.where(is_sound[..., None], unit, jnp.nan)
+        return rest - unit[..., :, None] * unit[..., None, :], jnp.where(jnp.arange(size) < i, 0.0, unit)
+
+    _, columns = lax.scan(along, covariance, jnp.arange(size))
+    return jnp.moveaxis(columns, 0, -1)
 
 
 def _for_series(function: Callable, chains: Matrices):
@@ -297,9 +309,9 @@ def _given_the_next(mean, root, F, c, root_Q):
     """The distribution of a state given the next one: offset, gain and root."""
     width = len(mean)
     both = jnp.concatenate([jnp.concatenate([F @ root, root_Q], -1), jnp.concatenate([root, jnp.zeros_like(root_Q)], -1)], -2)
-    factor, rest = _triangular(both, width)
-    upper, lower = factor[:width], factor[width:]
+    factor = triangular(both)
+    upper, lower = factor[:width, :width], factor[width:, :width]
     # What has no variance says nothing.
     solvable = upper + jnp.diag(jnp.where(jnp.diagonal(upper) > 0, 0.0, 1.0))
     gain = solve_triangular(solvable, lower.T, trans=1, lower=True).T
-    return mean - gain @ (F @ mean + c), gain, triangular(rest[width:])
+    return mean - gain @ (F @ mean + c), gain, factor[width:, width:]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax import random
 
 from numpyro_pvmc.jaxprs.dependence import influence
@@ -23,11 +24,17 @@ from numpyro_pvmc.program.holds import check_masks
 from numpyro_pvmc.program.limits import declared_max_count, limits
 from numpyro_pvmc.program.structure import Latent, Plate, Structure
 
+_WITHOUT_NOISE = (
+    " (If the chain is linear and Gaussian, a component without noise of its own is no matter to "
+    "`numpyro_pvmc.exact.exact_posterior` and `marginalize`, which take the program as it is.)"
+)
 
-def analyse(model: Callable, arguments: Arguments, values: dict[str, Any]) -> Structure:
+
+def analyse(model: Callable, arguments: Arguments, values: dict[str, Any], carried: bool = False) -> Structure:
     """Find the Markov chain of a program.
 
     :param values: values of parameters; those not given take their initial values.
+    :param carried: whether the carry may hold what is computed from the old carry and the sites of the step.
     :return: its structure.
     :raises ValueError: if the program has no chain, or several, or one that is not first-order Markov; the message names
         the site or the leaf of the carry and says what to write.
@@ -35,7 +42,7 @@ def analyse(model: Callable, arguments: Arguments, values: dict[str, Any]) -> St
     found = []
 
     def abstractly(values, arguments):
-        found.append(_analyse(model, arguments, values))
+        found.append(_analyse(model, arguments, values, carried))
 
     try:
         jax.eval_shape(abstractly, values, arguments)
@@ -48,15 +55,24 @@ def analyse(model: Callable, arguments: Arguments, values: dict[str, Any]) -> St
     structure, unread, messages = found[0]
     if structure.holding or structure.masked:
         reason = check_masks(structure, model, arguments, values, unread)
+        if reason is not None and not carried:
+            raise ValueError(messages[reason] + _WITHOUT_NOISE)
         if reason is not None:
-            raise ValueError(messages[reason])
+            structure = structure._replace(carried=True, holding=False)
     return structure
 
 
-def _analyse(model, arguments, values):
+def _analyse(model, arguments, values, carried):
     """The structure; which state leaves nothing reads; messages for the case that what looks like a hold is none."""
     found, outside = survey(model, arguments, values)
     chain = choose_chain(found)
+    fixed = [name for name, site in chain.latent.items() if isinstance(base_distribution(site["fn"]), dist.Delta)]
+    if fixed and not carried:
+        raise ValueError(
+            f"Latent site '{fixed[0]}' of the scan has a `Delta` distribution: a step without noise has no density, and no "
+            "particle but its own can be reached. Give every component of the state some noise, or compute it from the "
+            "sampled trajectories after inference." + _WITHOUT_NOISE
+        )
     outside_latent = {name: site["value"] for name, site in outside.items() if is_latent(site)}
     for other in found:
         if other.scan_index != chain.scan_index:
@@ -77,7 +93,12 @@ def _analyse(model, arguments, values):
 
     outer = _outer_influence(model, arguments, values, chain, outside_latent)
     initial = _initial_sites(outer, is_clock)
-    later, imputed = _later_sites(model, arguments, values, chain, outside_latent, reads, state, outer)
+    later, imputed, lagged = _later_sites(model, arguments, values, chain, outside_latent, reads, state, outer)
+    if lagged and not carried:
+        raise ValueError(
+            f"Site '{lagged[0]}' after the scan reads an output of the scan that depends on the state before the step. "
+            "Observe it inside the body of the scan, where it may read both."
+        )
     drawn_freely += [_latent(outside[name]) for name in imputed]
     global_sites = tuple(name for name in outside_latent if name not in initial and name not in imputed)
     check_continuous({name: outside[name] for name in global_sites if name in outside})
@@ -108,6 +129,7 @@ def _analyse(model, arguments, values):
         free_sites=tuple(drawn_freely),
         parameters=tuple((name, signature(site["value"])) for name, site in outside.items() if site["type"] == "param"),
         outside=tuple(name for name, site in outside.items() if site["type"] != "param"),
+        carried=bool(fixed or lagged),
         subsampled=tuple(n for n, s in outside.items() if s["type"] == "plate" and s["args"][1] not in (None, s["args"][0])),
     )
     return structure, unread, messages
@@ -308,18 +330,15 @@ def _later_sites(model, arguments, values, chain, outside_latent, reads, state, 
                 f"Site '{name}' after the scan reads the last carry of the chain. Only the stacked outputs, which have a "
                 "time axis, can be read after the scan: observe it inside the body, masked except at the last step."
             )
+    lagged = []
     for name in later:
         if latent[name]:
             raise ValueError(
                 f"Latent site '{name}' after the scan reads the outputs of the chain. Sample it inside the body of the scan."
             )
-        lagged = [i for i in range(len(outputs)) if read[i][name] and any(reads[j]["output"][i] for j in state)]
-        if lagged:
-            raise ValueError(
-                f"Site '{name}' after the scan reads an output of the scan that depends on the state before the step. "
-                "Observe it inside the body of the scan, where it may read both."
-            )
-    return later, imputed
+        if any(read[i][name] and any(reads[j]["output"][i] for j in state) for i in range(len(outputs))):
+            lagged.append(name)
+    return later, imputed, lagged
 
 
 def _without_own_distribution(read, name):

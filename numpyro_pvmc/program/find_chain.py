@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax import lax, random
 from numpyro.handlers import seed
 
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.distributions import base_distribution
 from numpyro_pvmc.program.handlers import AtScan, Scan, Site, Sites, batch_shapes, is_latent, run, run_body, under_handlers
 
 _KEY = 0  # the seed of abstract runs, whose draws are never used
@@ -285,13 +283,6 @@ def _check_form(chain):
             raise ValueError(
                 f"The subsampled plate '{name}' is built inside the body of the scan, where it would draw new indices at "
                 "every step. Build it once, before the scan, and enter it in the body."
-            )
-    for name, site in chain.latent.items():
-        if isinstance(base_distribution(site["fn"]), dist.Delta):
-            raise ValueError(
-                f"Latent site '{name}' of the scan has a `Delta` distribution: a step without noise has no density, and no "
-                "particle but its own can be reached. Give every component of the state some noise, or compute it from the "
-                "state."
             )
 
 

@@ -9,7 +9,7 @@ from jax import random
 
 from numpyro_pvmc.jaxprs.dependence import mixes_rows
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.find_chain import first, unknown, with_carry_dtypes
+from numpyro_pvmc.program.find_chain import capture, first, stacked_zeros, unknown, with_carry_dtypes
 from numpyro_pvmc.program.handlers import log_prob, run, run_body
 from numpyro_pvmc.program.structure import Structure, per_series, time_rows
 
@@ -39,9 +39,12 @@ def check_independence(structure: Structure, model: Callable, arguments: Argumen
                 )
     if structure.later_factors:
         rows = {name: value[None].repeat(structure.length + 1, 0) for name, value in one.items()}
+        after = _after_scan
+        if structure.carried:  # what the scan puts out reads all steps before
+            rows, after = _outputs(structure, model, arguments, values), _after_outputs
 
         def by_time(rows, values, arguments):
-            return _after_scan(structure, model, arguments, values, rows)
+            return after(structure, model, arguments, values, rows)
 
         mixed, strange = mixes_rows(by_time, rows, values, arguments)
         for name, is_mixed in mixed.items():
@@ -101,6 +104,27 @@ def _after_scan(structure, model, arguments, values, rows):
 
     initial = {name: rows[name][0] for name in structure.initial}
     sites = run(model, arguments, {**values, **initial}, random.key(0), at_scan)
+    return _by_time(sites, structure)
+
+
+def _outputs(structure, model, arguments, values):
+    """Outputs of the scan, as zeros."""
+
+    def one(arguments, values):
+        scan, _ = capture(model, arguments, values, structure)
+        return run_body(scan, 0, scan.init, first(scan.xs), {}, structure.length)[1]
+
+    return stacked_zeros(jax.eval_shape(one, arguments, values), structure.length + 1)
+
+
+def _after_outputs(structure, model, arguments, values, outputs):
+    """The same, for outputs of the scan; row 0 is of no step."""
+    after = jax.tree.map(lambda rows: rows[1:], outputs)
+    at_scan = lambda index, scan: (scan.init, after, {}) if index == structure.scan_index else None
+    return _by_time(run(model, arguments, values, random.key(0), at_scan), structure)
+
+
+def _by_time(sites, structure):
     by_time = {name: time_rows(sites[name], structure.length, ()) for name in structure.later_factors}
     return {
         name: jnp.concatenate([jnp.zeros_like(x[:1])] * (structure.length + 1 - len(x)) + [x]) for name, x in by_time.items()

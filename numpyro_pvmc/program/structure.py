@@ -66,7 +66,8 @@ class Structure(NamedTuple):
     the leaves of the carry. `by_value` are the arguments of the program whose numbers bound a count, by their places: with
     other numbers the structure is another. `sum_of` are two counts of a step of which all that is read is their sum; the
     density of the first may read the state. `parameters` are those of the program, with what they look like, and `outside` the
-    names of all other sites outside of the scan.
+    names of all other sites outside of the scan. `carried` says that the state has components without noise of their own, or
+    that an observation after the scan reads the state before its step: the chain is then one of its carry, not of its sites.
     """
 
     scan_index: int
@@ -92,6 +93,7 @@ class Structure(NamedTuple):
     sum_of: tuple[str, ...] = ()
     parameters: tuple[tuple[str, Hashable], ...] = ()
     outside: tuple[str, ...] = ()
+    carried: bool = False
 
     @property
     def summary(self) -> str:
