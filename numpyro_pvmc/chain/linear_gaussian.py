@@ -267,8 +267,10 @@ def _distributions(chain, before, now):
 def distribution_of(site: Site, structure: Structure, leading: int = 0) -> Distribution:
     """The distribution of a site, with `leading` axes of time."""
     name, fn, shape, border = site["name"], site["fn"], site["fn"].shape(), len(site["fn"].batch_shape)
-    if site["scale"] is not None:
-        raise _refusal(name, "is scaled, by `numpyro.handlers.scale` or a subsampled plate")
+    scale = site["scale"]
+    # That of a minibatch is one of whole series, whose evidence is scaled.
+    if not (scale is None or (isinstance(scale, int | float) and math.isclose(scale, structure.scale))):
+        raise _refusal(name, "is scaled, by `numpyro.handlers.scale`")
     mask = jnp.ones(shape, bool)
     while isinstance(fn, WRAPPERS):
         if isinstance(fn, dist.MaskedDistribution):

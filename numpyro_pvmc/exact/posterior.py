@@ -22,7 +22,7 @@ from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import check_data, check_distributions
 from numpyro_pvmc.exact.evidence import integrable, matrices_of
 from numpyro_pvmc.ops.full_precision import full_precision
-from numpyro_pvmc.ops.kalman import Smoothed, smooth, trajectory
+from numpyro_pvmc.ops.kalman import Matrices, Smoothed, smooth, trajectory
 from numpyro_pvmc.ops.smoothing import marginals
 from numpyro_pvmc.posterior.base import ChainPosterior, check_probabilities, derived, given
 from numpyro_pvmc.posterior.diagnostics import check_posterior, health
@@ -42,7 +42,7 @@ from numpyro_pvmc.program.tracebacks import with_short_tracebacks
         "covariances",
         "filtering_means",
         "filtering_covariances",
-        "backward",
+        "rows",
         "globals",
         "present",
         "arguments",
@@ -62,7 +62,7 @@ class ExactPosterior(ChainPosterior):
     :param covariances: ``{site: (T, *plates, D, D)}``.
     :param filtering_means: the same given the data up to each time only.
     :param filtering_covariances: the same given the data up to each time only.
-    :param backward: the distribution of the state at each time given that after it, from which :meth:`sample` draws.
+    :param rows: the matrices of the chain, from which :meth:`sample` draws; see :mod:`numpyro_pvmc.ops.kalman`.
     :param globals: the values of the global sites, by name.
     :param present: ``(T, *plates)``, false where a series is padded; ``None`` if none is.
     :param kind: what the chain is, ``"linear-Gaussian"``.
@@ -75,7 +75,7 @@ class ExactPosterior(ChainPosterior):
     covariances: dict[str, jax.Array]
     filtering_means: dict[str, jax.Array]
     filtering_covariances: dict[str, jax.Array]
-    backward: Any
+    rows: Matrices
     globals: dict[str, jax.Array]
     present: jax.Array | None
     arguments: Arguments
@@ -126,7 +126,7 @@ class ExactPosterior(ChainPosterior):
         return _variances(self.filtering_means, self.filtering_covariances)
 
     def sample(self, rng_key: jax.Array, sample_shape: tuple[int, ...] = ()) -> dict[str, jax.Array]:
-        """Draw joint trajectories, backwards in time.
+        """Draw joint trajectories.
 
         :param rng_key: random key.
         :param sample_shape: how many to draw.
@@ -238,8 +238,8 @@ def _condition(model, structure, arguments, params):
     rows, present, partly = matrices_of(chain)
     smooth_all = smooth
     for _ in structure.plates:
-        smooth_all = jax.vmap(smooth_all, in_axes=1, out_axes=Smoothed(0, 1, 1, 1))
-    log_normalizer, filtered, smoothed, backward = smooth_all(rows)
+        smooth_all = jax.vmap(smooth_all, in_axes=1, out_axes=Smoothed(0, 1, 1))
+    log_normalizer, filtered, smoothed = smooth_all(rows)
 
     posterior = ExactPosterior(
         log_normalizer=log_normalizer,
@@ -247,7 +247,7 @@ def _condition(model, structure, arguments, params):
         covariances=covariances_by_site(smoothed.root @ smoothed.root.mT, structure),
         filtering_means=by_site(filtered.mean, structure),
         filtering_covariances=covariances_by_site(filtered.root @ filtered.root.mT, structure),
-        backward=backward,
+        rows=rows,
         globals={name: params[name] for name in structure.global_sites},
         present=present,
         arguments=None,
@@ -280,14 +280,18 @@ def _variances(means, covariances):
 @for_each_model(static_argnum=3, name="draws from the posterior")
 @full_precision
 def _sample(model, posterior, rng_key, sample_shape):
-    (offset, _, _), structure = posterior.backward, posterior.structure
+    rows, structure = posterior.rows, posterior.structure
+    draw_all = trajectory
+    for _ in structure.plates:
+        draw_all = jax.vmap(draw_all, in_axes=1, out_axes=1)
     key_noise, key_free = random.split(rng_key)
 
     def draw(noise, rng_key):
-        sites = native(trajectory(posterior.backward, noise), structure) | posterior.globals
+        sites = native(draw_all(rows, *noise), structure) | posterior.globals
         return sites | derived(structure, model, posterior.arguments, posterior.params | sites, rng_key)
 
     number = math.prod(sample_shape)
-    noise = random.normal(key_noise, (number, *offset.shape), offset.dtype)
+    keys = random.split(key_noise)
+    noise = [random.normal(key, (number, *like.shape), like.dtype) for key, like in zip(keys, (rows.c, rows.d), strict=True)]
     samples = jax.vmap(draw)(noise, random.split(key_free, number))
     return {name: x.reshape(sample_shape + x.shape[1:]) for name, x in samples.items()}

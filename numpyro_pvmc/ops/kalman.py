@@ -12,11 +12,12 @@ float64 the evidence is computed from covariances, at a tenth of the time, where
 
 1. *Fast Filtering and Smoothing for Multivariate State Space Models*, Siem Jan Koopman, James Durbin (Journal of Time Series
    Analysis, 2000).
-2. *Factorization Methods for Discrete Sequential Estimation*, Gerald J. Bierman (Academic Press, 1977).
+2. *Time Series Analysis by State Space Methods*, James Durbin, Siem Jan Koopman (2nd edition, Oxford University Press, 2012).
+3. *Factorization Methods for Discrete Sequential Estimation*, Gerald J. Bierman (Academic Press, 1977).
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,11 @@ class Gaussians(NamedTuple):
 
 
 class Smoothed(NamedTuple):
-    """What is known of a chain; `backward` is the distribution of each state given the next: offset, gain and root."""
+    """What is known of a chain."""
 
     log_evidence: jax.Array
     filtered: Gaussians
     smoothed: Gaussians
-    backward: Any
 
 
 class _Uncorrelated(NamedTuple):
@@ -61,6 +61,24 @@ class _Uncorrelated(NamedTuple):
     values: jax.Array  # (E,)
     variances: jax.Array  # (E,)
     seen: jax.Array  # (E,)
+
+
+class _Entered(NamedTuple):
+    """What one observation did: its slopes, zero where it is missing, the gain, residual and variance, and its log density."""
+
+    slopes: jax.Array
+    gain: jax.Array
+    residual: jax.Array
+    variance: jax.Array
+    log_density: jax.Array
+
+
+class _Passed(NamedTuple):
+    """A row of the filter."""
+
+    predicted: Gaussians
+    entered: _Entered
+    log_density: jax.Array
 
 
 _UNROLLED = 8  # rows that are written out one after the other
@@ -94,6 +112,10 @@ def log_evidence(chains: Matrices) -> jax.Array:
 def smooth(chain: Matrices) -> Smoothed:
     """The Kalman filter and smoother, in square roots of covariances.
 
+    Backwards goes what the data to come say of a state (Bryson & Frazier 1963; Durbin & Koopman 2012, section 4.4), and no
+    covariance is inverted: where observations without noise leave nothing to know, the recursion of Rauch, Tung and Striebel
+    would divide rounding by rounding.
+
     :param chain: matrices of one series.
     :return: log evidence and moments.
 
@@ -106,37 +128,31 @@ def smooth(chain: Matrices) -> Smoothed:
         >>> round(float(smoothed.mean[0, 0]), 4)
         1.0
     """
-    log_densities, filtered = _filter(chain)
-    log_z = log_densities.sum()  # in a tree; a total that grew from row to row would be rounded at each
-    head, (mean, root) = jax.tree.map(lambda x: x[:-1], filtered), jax.tree.map(lambda x: x[-1], filtered)
-    backward = jax.vmap(_given_the_next)(*head, chain.F[1:], chain.c[1:], chain.root_Q[1:])
-    last = mean, jnp.zeros_like(root), root
-    backward = jax.tree.map(lambda rest, last: jnp.concatenate([rest, last[None]]), backward, last)
-
-    def retreat(after, now):
-        offset, gain, root = now
-        state = Gaussians(offset + gain @ after.mean, triangular(jnp.concatenate([gain @ after.root, root], -1)))
-        return state, state
-
-    nothing = Gaussians(jnp.zeros_like(mean), jnp.zeros_like(root))
-    _, smoothed = lax.scan(retreat, nothing, backward, reverse=True)
-    return Smoothed(log_z, filtered, smoothed, backward)
+    passed, filtered = _filter(chain)
+    score, information = _backward(chain, passed)
+    return Smoothed(passed.log_density.sum(), filtered, jax.vmap(_smoothed)(passed.predicted, score, information))
 
 
 @full_precision
-def trajectory(backward: Any, noise: jax.Array) -> jax.Array:
-    """One joint draw of all states, backwards in time.
+def trajectory(chain: Matrices, noise: jax.Array, noise_of_y: jax.Array) -> jax.Array:
+    """One joint draw of all states given the observations (Durbin & Koopman 2002): a draw of chain and observations, moved.
 
-    :param backward: distributions of each state given the next; axes between those of time and of states are series.
+    :param chain: matrices of one series.
     :param noise: independent standard Normal numbers, shaped like the states.
+    :param noise_of_y: the same, shaped like the observations.
     """
 
-    def retreat(after, now):
-        (offset, gain, root), noise = now
-        state = offset + (gain @ after[..., None] + root @ noise[..., None])[..., 0]
-        return state, state
+    def advance(state, row):
+        F, root_Q, H, root_R, noise, noise_of_y = row
+        state = F @ state + root_Q @ noise
+        return state, (state, H @ state + root_R @ noise_of_y)
 
-    return lax.scan(retreat, jnp.zeros_like(noise[0]), (backward, noise), reverse=True)[1]
+    rows = chain.F, chain.root_Q, chain.H, chain.root_R, noise, noise_of_y
+    _, (states, y) = lax.scan(advance, jnp.zeros_like(chain.c[0]), rows)
+    moved = chain._replace(y=chain.y - y)
+    passed, _ = _filter(moved)
+    score, _ = _backward(moved, passed, with_information=False)
+    return states + jax.vmap(_mean)(passed.predicted, score)
 
 
 def block_diagonal(blocks: list[jax.Array]) -> jax.Array:
@@ -162,13 +178,13 @@ def triangular(rows: jax.Array) -> jax.Array:
     :param rows: shape ``(D, M)``.
     :return: shape ``(D, D)``.
     """
-    tiny = (8 * rows.shape[-1] * jnp.finfo(rows.dtype).eps) ** 2
-    sizes = lax.stop_gradient((rows**2).sum(-1))
+    tiny = 8 * rows.shape[-1] * jnp.finfo(rows.dtype).eps
+    least = tiny**2 * lax.stop_gradient(rows**2).sum(-1)
 
     def along(rows, i):
         row = rows[i]
         square = row @ row
-        is_there = square > tiny * sizes[i]
+        is_there = square > least[i]
         unit = jnp.where(is_there, row * lax.rsqrt(jnp.where(is_there, square, 1.0)), 0.0)
         column = jnp.where(jnp.arange(len(rows)) < i, 0.0, rows @ unit)
         return rows - column[:, None] * unit, column
@@ -182,14 +198,16 @@ def triangular(rows: jax.Array) -> jax.Array:
     return jnp.stack(columns, -1)
 
 
-def root_of(covariance: jax.Array) -> jax.Array:
+def root_of(covariance: jax.Array, of_a_share: bool = False) -> jax.Array:
     """The lower triangular square root of a covariance, which may be singular, with its derivatives.
 
     :param covariance: shape ``(..., D, D)``.
+    :param of_a_share: whether it is what is left of an identity, and has the rounding of that: what is negative is zero.
     :return: NaN for a matrix that has a negative eigenvalue, beyond rounding.
     """
     size = covariance.shape[-1]
     scale = lax.stop_gradient(jnp.diagonal(covariance, axis1=-2, axis2=-1))
+    scale = jnp.ones_like(scale) if of_a_share else scale
     tiny = 8 * size * jnp.finfo(covariance.dtype).eps
 
     def along(rest, i):
@@ -197,9 +215,10 @@ def root_of(covariance: jax.Array) -> jax.Array:
         pivot = column[..., i]
         is_there = pivot > tiny * scale[..., i]
         unit = jnp.where(is_there[..., None], column * lax.rsqrt(jnp.where(is_there, pivot, 1.0))[..., None], 0.0)
-        largest = jnp.sqrt(tiny) * jnp.sqrt(jnp.abs(scale * scale[..., i, None]))
-        is_sound = is_there | (jnp.abs(column) <= largest).all(-1) & (pivot >= -tiny * scale[..., i])
-        unit = jnp.where(is_sound[..., None], unit, jnp.nan)
+        if not of_a_share:
+            largest = jnp.sqrt(tiny) * jnp.sqrt(jnp.abs(scale * scale[..., i, None]))
+            is_sound = is_there | (jnp.abs(column) <= largest).all(-1) & (pivot >= -tiny * scale[..., i])
+            unit = jnp.where(is_sound[..., None], unit, jnp.nan)
         return rest - unit[..., :, None] * unit[..., None, :], jnp.where(jnp.arange(size) < i, 0.0, unit)
 
     _, columns = lax.scan(along, covariance, jnp.arange(size))
@@ -223,50 +242,80 @@ def _uncorrelated(H, d, root_R, y):
     return _Uncorrelated(own[:, :-1], own[:, -1], size**2, seen)
 
 
-def _one_after_the_other(update, state, observed):
-    """Let observations enter; the sum of their log densities."""
-    if len(observed.values) <= _UNROLLED:
-        log_density = jnp.zeros(())
-        for i in range(len(observed.values)):
-            state, more = update(state, jax.tree.map(lambda x, i=i: x[i], observed))
-            log_density += more
-        return state, log_density
-    state, log_densities = lax.scan(update, state, observed)
-    return state, log_densities.sum()
+def _one_after_the_other(update, state, observed, reverse=False):
+    """Let observations enter; and what is kept of each."""
+    if len(observed.slopes) > _UNROLLED:
+        return lax.scan(update, state, observed, reverse=reverse)
+    kept = []
+    for i in range(len(observed.slopes))[:: -1 if reverse else 1]:
+        state, of_one = update(state, jax.tree.map(lambda x, i=i: x[i], observed))
+        kept.append(of_one)
+    return state, jax.tree.map(lambda *parts: jnp.stack(parts[:: -1 if reverse else 1]), *kept)
 
 
 def _entered(mean, along, variance, one):
-    """The mean and the gain after an observation, of slopes `one`, whose log density is the third."""
+    """What an observation does to what is known, of whose covariance `along` is the product with its slopes."""
     there = jnp.where(one.seen, variance, 1.0)
     residual = jnp.where(one.seen, one.values - one.slopes @ mean, 0.0)
     gain = jnp.where(one.seen, along / there, 0.0)
     log_density = jnp.where(one.seen, -0.5 * (jnp.log(2 * jnp.pi * there) + residual**2 / there), 0.0)
-    return mean + gain * residual, gain, log_density
+    return mean + gain * residual, _Entered(jnp.where(one.seen, one.slopes, 0.0), gain, residual, there, log_density)
 
 
 def _filter(chain):
-    """Log densities of the observations of each row given those before, and what is known of its state."""
+    """What was known of the state of each row before its observations, and what these did; and what is known after them."""
 
     def update(state, one):
         mean, root = state
         row = one.slopes @ root
-        variance = row @ row + one.variances
-        mean, gain, log_density = _entered(mean, root @ row, variance, one)
-        ratio = jnp.where(one.seen & (one.variances > 0), one.variances / jnp.where(one.seen, variance, 1.0), 0.0)
+        mean, entered = _entered(mean, root @ row, row @ row + one.variances, one)
+        ratio = jnp.where(one.seen & (one.variances > 0), one.variances / entered.variance, 0.0)
         share = 1 / (1 + jnp.sqrt(jnp.where(ratio > 0, ratio, 1.0)) * (ratio > 0))
-        return Gaussians(mean, root - share * jnp.outer(gain, row)), log_density
+        return Gaussians(mean, root - share * jnp.outer(entered.gain, row)), entered
 
     def advance(state, row):
         F, c, root_Q, observed = row
-        state = Gaussians(F @ state.mean + c, triangular(jnp.concatenate([F @ state.root, root_Q], -1)))
-        state, log_density = _one_after_the_other(update, state, observed)
-        return state, (log_density, state)
+        predicted = Gaussians(F @ state.mean + c, triangular(jnp.concatenate([F @ state.root, root_Q], -1)))
+        state, entered = _one_after_the_other(update, predicted, observed)
+        return state, (_Passed(predicted, entered, entered.log_density.sum()), state)
 
     return lax.scan(advance, Gaussians(*_known(chain)), _rows(chain))[1]
 
 
+def _backward(chain, passed, with_information=True):
+    """The gradient of the log density of all data to come with respect to each state, and its information."""
+
+    def update(later, one):
+        score, information = later
+        score = score + one.slopes * (one.residual / one.variance - one.gain @ score)
+        if with_information:
+            along = information @ one.gain
+            twice = jnp.outer(one.slopes, one.slopes) * (1 / one.variance + one.gain @ along)
+            information = information - jnp.outer(one.slopes, along) - jnp.outer(along, one.slopes) + twice
+        return (score, information), ()
+
+    def retreat(later, row):
+        F, entered = row
+        later, _ = _one_after_the_other(update, later, entered, reverse=True)
+        score, information = later
+        return (F.T @ score, F.T @ information @ F if with_information else information), later
+
+    width = chain.c.shape[-1]
+    nothing = jnp.zeros(width, chain.c.dtype), jnp.zeros((width, width) if with_information else (), chain.c.dtype)
+    return lax.scan(retreat, nothing, (chain.F, passed.entered), reverse=True)[1]
+
+
+def _mean(predicted, score):
+    return predicted.mean + predicted.root @ (predicted.root.T @ score)
+
+
+def _smoothed(predicted, score, information):
+    share = jnp.eye(len(score)) - predicted.root.T @ information @ predicted.root
+    return Gaussians(_mean(predicted, score), predicted.root @ root_of(share, of_a_share=True))
+
+
 def _by_roots(chain):
-    return _filter(chain)[0].sum()
+    return _filter(chain)[0].log_density.sum()
 
 
 def _by_covariances(chain):
@@ -275,19 +324,15 @@ def _by_covariances(chain):
     def update(state, one):
         mean, covariance = state
         along = covariance @ one.slopes
-        variance = one.slopes @ along + one.variances
-        mean, gain, log_density = _entered(mean, along, variance, one)
-        known = jnp.where(one.seen, variance, jnp.nan)
-        return (mean, covariance - jnp.outer(gain, gain) * jnp.where(one.seen, variance, 0.0)), (log_density, known)
+        mean, entered = _entered(mean, along, one.slopes @ along + one.variances, one)
+        left = covariance - jnp.outer(entered.gain, entered.gain) * entered.variance
+        return (mean, left), (entered.log_density, jnp.where(one.seen, entered.variance, jnp.nan))
 
     def advance(state, row):
         (mean, covariance), (F, c, root_Q, observed) = state, row
-        state, log_densities, variances = (F @ mean + c, F @ covariance @ F.T + root_Q @ root_Q.T), [], []
-        for i in range(len(observed.values)):
-            state, (log_density, variance) = update(state, jax.tree.map(lambda x, i=i: x[i], observed))
-            log_densities.append(log_density)
-            variances.append(variance)
-        return state, (jnp.stack(log_densities).sum(), jnp.stack(variances))
+        predicted = F @ mean + c, F @ covariance @ F.T + root_Q @ root_Q.T
+        state, (log_densities, variances) = _one_after_the_other(update, predicted, observed)
+        return state, (log_densities.sum(), variances)
 
     _, (log_densities, variances) = lax.scan(advance, _known(chain), _rows(chain))
     variances = lax.stop_gradient(variances)
@@ -303,15 +348,3 @@ def _known(chain):
 
 def _rows(chain):
     return chain.F, chain.c, chain.root_Q, jax.vmap(_uncorrelated)(chain.H, chain.d, chain.root_R, chain.y)
-
-
-def _given_the_next(mean, root, F, c, root_Q):
-    """The distribution of a state given the next one: offset, gain and root."""
-    width = len(mean)
-    both = jnp.concatenate([jnp.concatenate([F @ root, root_Q], -1), jnp.concatenate([root, jnp.zeros_like(root_Q)], -1)], -2)
-    factor = triangular(both)
-    upper, lower = factor[:width, :width], factor[width:, :width]
-    # What has no variance says nothing.
-    solvable = upper + jnp.diag(jnp.where(jnp.diagonal(upper) > 0, 0.0, 1.0))
-    gain = solve_triangular(solvable, lower.T, trans=1, lower=True).T
-    return mean - gain @ (F @ mean + c), gain, factor[width:, width:]
