@@ -74,9 +74,8 @@ class _Entered(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    """A row of the filter."""
+    """What the observations of a row did, and their log density."""
 
-    predicted: Gaussians
     entered: _Entered
     log_density: jax.Array
 
@@ -130,7 +129,7 @@ def smooth(chain: Matrices) -> Smoothed:
     """
     passed, filtered = _filter(chain)
     score, information = _backward(chain, passed)
-    return Smoothed(passed.log_density.sum(), filtered, jax.vmap(_smoothed)(passed.predicted, score, information))
+    return Smoothed(passed.log_density.sum(), filtered, jax.vmap(_smoothed)(filtered, score, information))
 
 
 @full_precision
@@ -150,9 +149,9 @@ def trajectory(chain: Matrices, noise: jax.Array, noise_of_y: jax.Array) -> jax.
     rows = chain.F, chain.root_Q, chain.H, chain.root_R, noise, noise_of_y
     _, (states, y) = lax.scan(advance, jnp.zeros_like(chain.c[0]), rows)
     moved = chain._replace(y=chain.y - y)
-    passed, _ = _filter(moved)
+    passed, filtered = _filter(moved)
     score, _ = _backward(moved, passed, with_information=False)
-    return states + jax.vmap(_mean)(passed.predicted, score)
+    return states + jax.vmap(_mean)(filtered, score)
 
 
 def block_diagonal(blocks: list[jax.Array]) -> jax.Array:
@@ -263,7 +262,7 @@ def _entered(mean, along, variance, one):
 
 
 def _filter(chain):
-    """What was known of the state of each row before its observations, and what these did; and what is known after them."""
+    """What the observations of each row did, and what is known of its state after them."""
 
     def update(state, one):
         mean, root = state
@@ -277,13 +276,13 @@ def _filter(chain):
         F, c, root_Q, observed = row
         predicted = Gaussians(F @ state.mean + c, triangular(jnp.concatenate([F @ state.root, root_Q], -1)))
         state, entered = _one_after_the_other(update, predicted, observed)
-        return state, (_Passed(predicted, entered, entered.log_density.sum()), state)
+        return state, (_Passed(entered, entered.log_density.sum()), state)
 
     return lax.scan(advance, Gaussians(*_known(chain)), _rows(chain))[1]
 
 
 def _backward(chain, passed, with_information=True):
-    """The gradient of the log density of all data to come with respect to each state, and its information."""
+    """The gradient of the log density of the data after each row with respect to its state, and their information."""
 
     def update(later, one):
         score, information = later
@@ -296,8 +295,7 @@ def _backward(chain, passed, with_information=True):
 
     def retreat(later, row):
         F, entered = row
-        later, _ = _one_after_the_other(update, later, entered, reverse=True)
-        score, information = later
+        (score, information), _ = _one_after_the_other(update, later, entered, reverse=True)
         return (F.T @ score, F.T @ information @ F if with_information else information), later
 
     width = chain.c.shape[-1]
@@ -305,13 +303,13 @@ def _backward(chain, passed, with_information=True):
     return lax.scan(retreat, nothing, (chain.F, passed.entered), reverse=True)[1]
 
 
-def _mean(predicted, score):
-    return predicted.mean + predicted.root @ (predicted.root.T @ score)
+def _mean(filtered, score):
+    return filtered.mean + filtered.root @ (filtered.root.T @ score)
 
 
-def _smoothed(predicted, score, information):
-    share = jnp.eye(len(score)) - predicted.root.T @ information @ predicted.root
-    return Gaussians(_mean(predicted, score), predicted.root @ root_of(share, of_a_share=True))
+def _smoothed(filtered, score, information):
+    share = jnp.eye(len(score)) - filtered.root.T @ information @ filtered.root
+    return Gaussians(_mean(filtered, score), filtered.root @ root_of(share, of_a_share=True))
 
 
 def _by_roots(chain):
