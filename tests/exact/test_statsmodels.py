@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
-from numpyro_pvmc.exact import exact_posterior
+from numpyro_pvmc.exact import exact_posterior, maximum_likelihood
 
 
 def program(y, T, Z, R, noise, h, mean, spread):
@@ -74,3 +74,46 @@ def test_equals_statsmodels(x64, example):
     for drawn in posterior.mean()["noise"]:
         states.append(T @ states[-1] + R @ drawn)
     assert_allclose(np.stack(states), expected.smoothed_state.T, atol=1e-6 * spread[0])
+
+
+def local_level(y, mean, spread):
+    sizes = numpyro.param("sizes", jnp.array([100.0, 50.0]), constraint=dist.constraints.positive)
+    first = numpyro.sample("x_0", dist.Normal(mean, spread))
+    numpyro.sample("y_0", dist.Normal(first, sizes[0]), obs=y[0])
+
+    def step(x_prev, y_t):
+        x = numpyro.sample("x", dist.Normal(x_prev, sizes[1]))
+        numpyro.sample("y", dist.Normal(x, sizes[0]), obs=y_t)
+        return x, None
+
+    scan(step, first, y[1:])
+
+
+def test_maximum_likelihood(x64):
+    model, _ = nile()
+    model.ssm.initialize_known(np.array([1000.0]), np.array([[300.0**2]]))
+    model.loglikelihood_burn = model.ssm.loglikelihood_burn = 0
+    found = maximum_likelihood(local_level, jnp.asarray(model.endog.ravel()), 1000.0, 300.0)
+    variances = np.asarray(found.params["sizes"]) ** 2
+    expected = model.smooth(variances, cov_type="approx")
+    assert_allclose(found.log_evidence, expected.llf, rtol=1e-9)
+    for factor in ([1.02, 1.0], [0.98, 1.0], [1.0, 1.05], [1.0, 0.95]):
+        assert model.loglike(variances * factor) < expected.llf
+    # Of a variance v = s^2 the standard error is 2 s times that of s.
+    assert_allclose(2 * found.params["sizes"] * found.standard_errors["sizes"], expected.bse, rtol=0.02)
+
+
+def test_a_maximum_that_cannot_be_searched():
+    with pytest.raises(ValueError, match="there is nothing to estimate"):
+        maximum_likelihood(_without_parameters, jnp.zeros(3))
+    with pytest.raises(ValueError, match="not finite where the search starts"):
+        maximum_likelihood(local_level, jnp.array([0.0, 1e30, 0.0]), 0.0, 1.0, init_params={"sizes": jnp.array([1e-9, 1e-9])})
+
+
+def _without_parameters(y):
+    def step(x_prev, y_t):
+        x = numpyro.sample("x", dist.Normal(x_prev, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+        return x, None
+
+    scan(step, 0.0, y)
