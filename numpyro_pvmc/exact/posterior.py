@@ -22,7 +22,7 @@ from numpyro_pvmc.chain.reading import read_structure
 from numpyro_pvmc.chain.validation import check_data, check_distributions
 from numpyro_pvmc.exact.evidence import integrable, matrices_of
 from numpyro_pvmc.ops.full_precision import full_precision
-from numpyro_pvmc.ops.kalman import Matrices, Smoothed, smooth, trajectory
+from numpyro_pvmc.ops.kalman import Matrices, smooth, trajectory
 from numpyro_pvmc.ops.smoothing import marginals
 from numpyro_pvmc.posterior.base import ChainPosterior, check_probabilities, derived, given
 from numpyro_pvmc.posterior.diagnostics import check_posterior, health
@@ -38,6 +38,7 @@ from numpyro_pvmc.program.tracebacks import with_short_tracebacks
     jax.tree_util.register_dataclass,
     data_fields=(
         "log_normalizer",
+        "log_evidence_by_time",
         "means",
         "covariances",
         "filtering_means",
@@ -58,6 +59,8 @@ class ExactPosterior(ChainPosterior):
     the scan, such as ``x_0``, have no T axis. D counts the elements of a site.
 
     :param log_normalizer: log evidence of each series, shape ``(*plates)``, given `globals`.
+    :param log_evidence_by_time: log density of the observations of each time given those before, shape ``(T + 1, *plates)``:
+        its sum is `log_normalizer`. Row 0 is the initial step.
     :param means: ``{site: (T, *plates, *event)}``. Where a series is padded, they are held.
     :param covariances: ``{site: (T, *plates, D, D)}``.
     :param filtering_means: the same given the data up to each time only.
@@ -71,6 +74,7 @@ class ExactPosterior(ChainPosterior):
     """
 
     log_normalizer: jax.Array
+    log_evidence_by_time: jax.Array
     means: dict[str, jax.Array]
     covariances: dict[str, jax.Array]
     filtering_means: dict[str, jax.Array]
@@ -238,11 +242,12 @@ def _condition(model, structure, arguments, params):
     rows, present, partly = matrices_of(chain)
     smooth_all = smooth
     for _ in structure.plates:
-        smooth_all = jax.vmap(smooth_all, in_axes=1, out_axes=Smoothed(0, 1, 1))
-    log_normalizer, filtered, smoothed = smooth_all(rows)
+        smooth_all = jax.vmap(smooth_all, in_axes=1, out_axes=1)
+    log_densities, filtered, smoothed = smooth_all(rows)
 
     posterior = ExactPosterior(
-        log_normalizer=log_normalizer,
+        log_normalizer=log_densities.sum(0),
+        log_evidence_by_time=log_densities,
         means=by_site(smoothed.mean, structure),
         covariances=covariances_by_site(smoothed.root @ smoothed.root.mT, structure),
         filtering_means=by_site(filtered.mean, structure),

@@ -47,9 +47,9 @@ class Gaussians(NamedTuple):
 
 
 class Smoothed(NamedTuple):
-    """What is known of a chain."""
+    """What is known of a chain; `log_densities` are those of the observations of each row given those before."""
 
-    log_evidence: jax.Array
+    log_densities: jax.Array
     filtered: Gaussians
     smoothed: Gaussians
 
@@ -116,7 +116,7 @@ def smooth(chain: Matrices) -> Smoothed:
     would divide rounding by rounding.
 
     :param chain: matrices of one series.
-    :return: log evidence and moments.
+    :return: log densities, whose sum is the log evidence, and moments.
 
     .. doctest::
 
@@ -129,7 +129,7 @@ def smooth(chain: Matrices) -> Smoothed:
     """
     passed, filtered = _filter(chain)
     score, information = _backward(chain, passed)
-    return Smoothed(passed.log_density.sum(), filtered, jax.vmap(_smoothed)(filtered, score, information))
+    return Smoothed(passed.log_density, filtered, jax.vmap(_smoothed)(filtered, score, information))
 
 
 @full_precision

@@ -40,6 +40,14 @@ def test_random_programs(x64, seed):
     assert_allclose(by_series(variance), np.diagonal(covariances, axis1=-2, axis2=-1), atol=1e-8)
 
 
+def test_evidence_by_time(x64):
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
+    found = exact_posterior(windows, {}, y).log_evidence_by_time
+    until = [exact_posterior(windows, {}, y[:t]).log_normalizer for t in range(1, 6)]
+    assert_allclose(found[0], 0.0)
+    assert_allclose(jnp.cumsum(found[1:], 0), until, rtol=1e-10)
+
+
 @pytest.mark.parametrize("seed", [2, 5, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 16))])
 def test_derivatives_of_the_evidence(x64, seed):
     program, y = random_program(seed), jnp.asarray(random_program(seed).y)
