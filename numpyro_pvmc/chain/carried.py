@@ -35,7 +35,7 @@ from numpyro_pvmc.chain.linear_gaussian import (
 from numpyro_pvmc.jaxprs.dependence import mixes_rows
 from numpyro_pvmc.ops.kalman import Matrices
 from numpyro_pvmc.program.arguments import Arguments
-from numpyro_pvmc.program.find_chain import capture
+from numpyro_pvmc.program.find_chain import capture, unknown
 from numpyro_pvmc.program.structure import Latent, Structure, from_canonical, to_canonical
 
 
@@ -100,7 +100,19 @@ def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Ar
     Z, a = step(slopes[:-1]), step(offset[:-1])
     own = lag @ Z + padded(hold, carry.width, -1).at[0].set(0.0)
     F = jnp.concatenate([own, Z], -2)
+    # A site that is masked has no value that anything may read; and an initial one has none to hold.
+    absent = _absent(linear, structure, (length, *plates, U))
+    reads = lambda slope, absent: ((slope != 0) & absent[..., None, :]).any((-1, -2))
+    within = lambda sites, absent: reads(
+        jnp.concatenate([linear[site.name].now * linear[site.name].mask[..., None] for site in sites], -2), absent
+    )
+    wrong = jnp.concatenate([absent[:1].any(-1), reads(slopes[:-1, ..., :U], absent[:-1])])
+    if structure.initial_sites:
+        wrong = wrong.at[0].set(wrong[0] | within(structure.initial_sites, absent[0]))
+    if structure.step_sites:
+        wrong = wrong.at[1:].set(wrong[1:] | within(structure.step_sites, absent[1:]))
     c = jnp.concatenate([(lag @ a[..., None])[..., 0] + mean, a], -1)
+    c = jnp.where(wrong[..., None], jnp.nan, c)
     root_Q = padded(padded(root, carry.width, -2), carry.width, -1)
 
     first = join([linear[name] for name in structure.initial_factors], plates, (carry.width, U))
@@ -114,15 +126,11 @@ def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Ar
     H = jnp.concatenate([observed.now, observed.lag], -1)
     d = observed.mean - observed.value
 
-    # A site that is masked has no value that anything may read.
-    absent = _absent(linear, structure, (length, *plates, U))
-    reads = lambda slope, where: ((slope != 0) & where[..., None, :]).any((-1, -2))
-    is_read = reads(observed.now * observed.mask[..., None], absent) | reads(slopes[..., :U], absent)
-    d = jnp.where(is_read[..., None], jnp.nan, d)
+    d = jnp.where(reads(observed.now * observed.mask[..., None], absent)[..., None], jnp.nan, d)
     y = jnp.where(observed.mask, 0.0, jnp.nan)
     rows = Matrices(F, c, root_Q, H, d, observed.root, y)
     there = presence(chain)
-    return rows, None if there is None else there.steps, {}
+    return rows, None if there is None else there.steps, {n: (~linear[n].mask).any() for n in structure.initial}
 
 
 def check_carried(structure: Structure, model: Callable, arguments: Arguments, values: dict[str, Any]) -> None:
@@ -152,6 +160,8 @@ def carry_of(structure: Structure, model: Callable, arguments: Arguments, values
     :raises ValueError: if the series of a plate cannot be told in one of them, or read each other.
     """
     init = jax.eval_shape(lambda *given: _state(structure, capture(model, *given, structure)[0].init), arguments, values)
+    if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in init):
+        raise ValueError("The carry of the scan has complex numbers. Carry their real and imaginary parts, as two arrays.")
     scan_paths = [f"carry[{i}]" for i in range(len(init))]
     choices = [
         [leaf for events in range(len(one.shape), -1, -1) if (leaf := _leaf(name, one, events, structure)) is not None]
@@ -192,12 +202,20 @@ def _mixes_series(structure, carry, model, arguments, values):
         def by_series(rows, values, arguments, axis=axis):
             before, now = (jnp.moveaxis(part, 0, axis) for part in rows)
             chain = read_chain(structure, model, arguments, values)
-            inputs = jax.tree.map(lambda leaf: leaf[0], chain.inputs)
-            latent = {name: x[0] for name, x in native(jnp.stack([now] * (structure.length + 1)), structure).items()}
-            latent = {name: latent[name] for name in structure.step}
-            new, _, sites = sites_of_step(chain, inputs, carry.state(before, structure), latent)
+            inputs = jax.tree.map(lambda leaf: unknown(leaf[0]), chain.inputs)
+            named = native(jnp.stack([now] * (structure.length + 1)), structure)
+            initial = {name: named[name] for name in structure.initial}
+            first, outside = sites_at_start(chain, initial)
+            latent = {name: named[name][0] for name in structure.step}
+            new, output, sites = sites_of_step(chain, inputs, carry.state(before, structure), latent)
             means = [distribution_of(sites[name], structure).mean for name in (*structure.step, *emissions(structure))]
-            return [jnp.moveaxis(x, axis, 0) for x in (carry.numbers(new, structure), *means)]
+            means += [distribution_of(outside[n], structure).mean for n in (*structure.initial, *structure.initial_factors)]
+            if structure.later_factors:
+                outputs = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * structure.length), output)
+                outside = sites_after_scan(chain, initial, outputs)
+                means += [distribution_of(outside[name], structure, leading=1).mean[-1] for name in structure.later_factors]
+            numbers = [carry.numbers(state, structure) for state in (first, new)]
+            return [jnp.moveaxis(x, axis, 0) for x in (*numbers, *means)]
 
         mixed, _ = mixes_rows(by_series, (np.moveaxis(before, axis, 0), np.moveaxis(now, axis, 0)), values, arguments)
         if any(mixed):

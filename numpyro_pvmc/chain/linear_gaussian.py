@@ -299,7 +299,12 @@ def distribution_of(site: Site, structure: Structure, leading: int = 0) -> Distr
         tidied = to_canonical(x, row, structure)
         return tidied.reshape(*tidied.shape[:kept], math.prod(tidied.shape[kept:]))
 
-    mean, mask, value = (flat(jnp.broadcast_to(x, shape)) for x in (fn.mean, mask, site["value"]))
+    mean = fn.mean
+    if isinstance(fn, dist.Delta):  # a factor that it may have is not one of a Gaussian
+        own = jnp.asarray(fn.log_density)
+        own = own.reshape(own.shape + (1,) * fn.event_dim)
+        mean = jnp.where(own == 0, mean, jnp.nan)
+    mean, mask, value = (flat(jnp.broadcast_to(x, shape)) for x in (mean, mask, site["value"]))
     size, block = mean.shape[-1], root.shape[-1]
     root = flat(jnp.moveaxis(root, -1, 0))
     root = jnp.moveaxis(root.reshape(*root.shape[:-1], size // block, block), 0, -1)

@@ -11,13 +11,14 @@ from jax import lax, random
 from numpyro.handlers import block, substitute, trace
 
 from numpyro_pvmc.chain.reading import read_structure
+from numpyro_pvmc.chain.validation import check_data
 from numpyro_pvmc.exact.evidence import integrable, log_evidence
 from numpyro_pvmc.exact.posterior import exact_posterior
 from numpyro_pvmc.jaxprs.dependence import influence
-from numpyro_pvmc.program.arguments import Arguments, called
+from numpyro_pvmc.program.arguments import Arguments, called, is_traced
 from numpyro_pvmc.program.find_chain import capture, first, stacked_zeros, without_chain
 from numpyro_pvmc.program.handlers import run, run_body
-from numpyro_pvmc.program.switches import of_the_library
+from numpyro_pvmc.program.switches import of_the_library, where_nan_means_missing
 from numpyro_pvmc.program.tracebacks import with_short_tracebacks
 
 
@@ -89,6 +90,9 @@ class Marginal:
         observed = factors - set(structure.latents)
         if not observed:
             return self.model(*args, **kwargs)
+        if not is_traced(arguments):
+            with where_nan_means_missing():
+                check_data(structure, self.model, arguments, {}, with_densities=False)
         own = {*structure.latents, *structure.free, *observed, *self._derived(structure, arguments)}
         with trace() as sites, block(hide_fn=lambda site: site.get("name") in own or site["type"] == "control_flow"):
             without_chain(self.model, structure)(*args, **kwargs)

@@ -41,7 +41,7 @@ def check_independence(structure: Structure, model: Callable, arguments: Argumen
         rows = {name: value[None].repeat(structure.length + 1, 0) for name, value in one.items()}
         after = _after_scan
         if structure.carried:  # what the scan puts out reads all steps before
-            rows, after = _outputs(structure, model, arguments, values), _after_outputs
+            rows, after = (rows, _outputs(structure, model, arguments, values)), _after_outputs
 
         def by_time(rows, values, arguments):
             return after(structure, model, arguments, values, rows)
@@ -117,11 +117,13 @@ def _outputs(structure, model, arguments, values):
     return stacked_zeros(jax.eval_shape(one, arguments, values), structure.length + 1)
 
 
-def _after_outputs(structure, model, arguments, values, outputs):
-    """The same, for outputs of the scan; row 0 is of no step."""
+def _after_outputs(structure, model, arguments, values, rows):
+    """The same, for outputs of the scan, of which row 0 is no step's, and initial sites, which have that row."""
+    of_sites, outputs = rows
+    initial = {name: of_sites[name][0] for name in structure.initial}
     after = jax.tree.map(lambda rows: rows[1:], outputs)
     at_scan = lambda index, scan: (scan.init, after, {}) if index == structure.scan_index else None
-    return _by_time(run(model, arguments, values, random.key(0), at_scan), structure)
+    return _by_time(run(model, arguments, {**values, **initial}, random.key(0), at_scan), structure)
 
 
 def _by_time(sites, structure):
