@@ -32,8 +32,8 @@ def marginalize(model: Callable) -> "Marginal":
     the original program, so that :class:`numpyro.infer.Predictive` draws from the prior.
 
     The chain must be linear-Gaussian, or have finitely many states, given the global sites. The evidence has gradients of any
-    order, forwards and backwards; where no trajectory is possible, or a distribution is none, it is -inf. In float64 it has more
-    digits, and with many states it is quicker.
+    order, forwards and backwards; where no trajectory is possible, or a distribution is none, it is -inf. In float64 it has
+    more digits, and with many states it is quicker.
 
     :param model: a NumPyro program with one latent `scan`, or one marked with :func:`numpyro_pvmc.markov`.
     :return: a program.
