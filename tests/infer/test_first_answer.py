@@ -65,7 +65,7 @@ def first_loss(model, *args):
 
 
 @few_particles
-@pytest.mark.parametrize("guide_of", [lambda model: None, AutoNormal])
+@pytest.mark.parametrize("guide_of", [lambda model: None, pytest.param(AutoNormal, marks=pytest.mark.slow)])
 def test_a_fresh_inference_of_a_model_compiles_nothing(compiled, guide_of):
     model = autoregression()
     guide = guide_of(model)

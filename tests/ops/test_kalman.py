@@ -45,7 +45,7 @@ def dense(chain):
     return log_z, mean + gain @ residual, root @ root.T - gain @ total @ gain.T
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(5, 20))])
 def test_equals_the_joint_gaussian(x64, seed):
     chain = random_matrices(seed)
     N, D = chain.c.shape
@@ -65,7 +65,7 @@ def test_equals_the_joint_gaussian(x64, seed):
     assert_allclose(along.T @ along, covariance, atol=1e-9)
 
 
-@pytest.mark.parametrize("seed", [0, 3, 7])
+@pytest.mark.parametrize("seed", [3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 7))])
 @pytest.mark.parametrize("way", ["roots", "covariances"])
 def test_derivatives(x64, seed, way):
     chain = random_matrices(seed)
