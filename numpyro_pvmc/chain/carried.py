@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from numpyro_pvmc.chain.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step
+from numpyro_pvmc.chain.chain import Chain, presence, read_chain, sites_after_scan, sites_at_start, sites_of_step, split
 from numpyro_pvmc.chain.linear_gaussian import (
     Distribution,
     Linear,
     check_affine,
     distribution_of,
+    emission,
     emissions,
-    fill,
     join,
     native,
     padded,
@@ -115,20 +115,9 @@ def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Ar
     c = jnp.where(wrong[..., None], jnp.nan, c)
     root_Q = padded(padded(root, carry.width, -2), carry.width, -1)
 
-    first = join([linear[name] for name in structure.initial_factors], plates, (carry.width, U))
-    body = join([linear[name] for name in emissions(structure)], (structure.length, *plates), (carry.width, U))
-    size = max(first.mean.shape[-1], body.mean.shape[-1], 1)
-    rows = [jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), fill(first, size), fill(body, size))]
-    for name in structure.later_factors:
-        missing = length - len(linear[name].mean)
-        rows.append(jax.tree.map(lambda x, n=missing: jnp.pad(x, [(n, 0)] + [(0, 0)] * (x.ndim - 1)), linear[name]))
-    observed = join(rows, (length, *plates), (carry.width, U))
-    H = jnp.concatenate([observed.now, observed.lag], -1)
-    d = observed.mean - observed.value
-
-    d = jnp.where(reads(observed.now * observed.mask[..., None], absent)[..., None], jnp.nan, d)
-    y = jnp.where(observed.mask, 0.0, jnp.nan)
-    rows = Matrices(F, c, root_Q, H, d, observed.root, y)
+    H, d, root_R, y = emission(linear, structure, (carry.width, U), is_lagged=True)
+    d = jnp.where(reads(H[..., :U] * ~jnp.isnan(y)[..., None], absent)[..., None], jnp.nan, d)
+    rows = Matrices(F, c, root_Q, H, d, root_R, y)
     there = presence(chain)
     return rows, None if there is None else there.steps, {n: (~linear[n].mask).any() for n in structure.initial}
 
@@ -159,7 +148,7 @@ def carry_of(structure: Structure, model: Callable, arguments: Arguments, values
 
     :raises ValueError: if the series of a plate cannot be told in one of them, or read each other.
     """
-    init = jax.eval_shape(lambda *given: _state(structure, capture(model, *given, structure)[0].init), arguments, values)
+    init = jax.eval_shape(lambda *given: split(structure, capture(model, *given, structure)[0].init)[0], arguments, values)
     if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in init):
         raise ValueError("The carry of the scan has complex numbers. Carry their real and imaginary parts, as two arrays.")
     scan_paths = [f"carry[{i}]" for i in range(len(init))]
@@ -178,11 +167,6 @@ def carry_of(structure: Structure, model: Callable, arguments: Arguments, values
         "them. The plates enclose all latent sites of the chain, which makes their elements independent series: give each part "
         "of the carry their axes, at their places."
     )
-
-
-def _state(structure, carry):
-    leaves = zip(map(jnp.asarray, jax.tree.leaves(carry)), structure.is_state, strict=True)
-    return [leaf for leaf, is_state in leaves if is_state]
 
 
 def _leaf(name, one, events, structure):

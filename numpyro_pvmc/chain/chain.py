@@ -76,14 +76,14 @@ def read_chain(
     # outside.
     scan, outside = capture(model, arguments, values, structure)
     treedef = jax.tree.structure(scan.init)
-    state, clocks = _split(structure, scan.init)
+    state, clocks = split(structure, scan.init)
     times = jnp.arange(structure.length)
 
     def tick(clocks, t_and_x):
         t, x = t_and_x
         carry = _merge(structure, treedef, state, clocks)
         carry, _, _ = run_body(scan, t, carry, x, {}, structure.length)
-        _, new = _split(structure, carry)
+        _, new = split(structure, carry)
         return [n.astype(c.dtype) for n, c in zip(new, clocks, strict=True)], clocks
 
     clock_inputs = lax.scan(tick, clocks, (times, scan.xs))[1] if clocks else []
@@ -114,7 +114,7 @@ def sites_at_start(chain: Chain, initial: dict[str, jax.Array]) -> tuple[list[ja
     model = Within(chain.model, counts, {}) if counts else chain.model
     others = {name: value for name, value in initial.items() if name not in counts}
     scan, sites = capture(model, chain.arguments, {**chain.values, **others}, chain.structure)
-    state, _ = _split(chain.structure, scan.init)
+    state, _ = split(chain.structure, scan.init)
     return state, sites
 
 
@@ -158,7 +158,7 @@ def sites_of_step(
         chain = chain._replace(scan=chain.scan._replace(body=Within(chain.scan.body, counts, ends)))
         latent = {name: value for name, value in latent.items() if name not in counts}
     carry, output, sites = _run_step(chain, inputs, state, latent)
-    new_state, _ = _split(chain.structure, carry)
+    new_state, _ = split(chain.structure, carry)
     return [new.astype(old.dtype) for new, old in zip(new_state, state, strict=True)], output, sites
 
 
@@ -226,7 +226,7 @@ def supports(chain: Chain) -> dict[str, Any]:
     :raises ValueError: naming a site whose constraint is not the same at all times and for all parameters.
     """
     structure = chain.structure
-    state, _ = _split(structure, chain.scan.init)
+    state, _ = split(structure, chain.scan.init)
     of_site = _supports(chain, first(chain.inputs), state)
     if not jax.tree.leaves(of_site):
         return of_site
@@ -275,7 +275,7 @@ def at_all_steps(chain: Chain, function: Callable[[Sites], Any]) -> Any:
     :param function: takes the sites of one step.
     :return: what it returns, with a leading time axis.
     """
-    state, _ = _split(chain.structure, chain.scan.init)
+    state, _ = split(chain.structure, chain.scan.init)
     return jax.vmap(lambda inputs: function(_run_step(chain, inputs, state, {})[2]))(chain.inputs)
 
 
@@ -320,7 +320,7 @@ def _(primals, tangents):
     return x, (scale * tangents[0]).astype(x.dtype)
 
 
-def _split(structure, carry):
+def split(structure: Structure, carry: Any) -> tuple[list[jax.Array], list[jax.Array]]:
     """State leaves and clock leaves of a carry."""
     leaves = list(zip(map(jnp.asarray, jax.tree.leaves(carry)), structure.is_state, strict=True))
     return [leaf for leaf, is_state in leaves if is_state], [leaf for leaf, is_state in leaves if not is_state]

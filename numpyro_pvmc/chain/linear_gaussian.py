@@ -164,10 +164,10 @@ def matrices(chain: Chain) -> tuple[Matrices, jax.Array | None, dict[str, jax.Ar
     linear |= {n: linear[n]._replace(mean=jnp.where(where, jnp.nan, linear[n].mean)) for n, where in partly.items()}
     is_lagged = any(name in structure.edge_factors for name in emissions(structure))
     transition = _transition(linear, structure, present)
-    emission = _emission(linear, structure, is_lagged)
+    observed = emission(linear, structure, (shape[-1], shape[-1]), is_lagged)
     transition = _with_lag(*transition, present) if is_lagged else transition
     partly = {name: where.any() for name, where in partly.items()}
-    return Matrices(*transition, *emission), present[1:] if structure.masked else None, partly
+    return Matrices(*transition, *observed), present[1:] if structure.masked else None, partly
 
 
 def by_site(states: jax.Array, structure: Structure) -> dict[str, jax.Array]:
@@ -349,11 +349,17 @@ def _with_lag(F, c, root, present):
     return F, padded(c, c.shape[-1], -1), block_diagonal([root, jnp.where(is_first, one, none)])
 
 
-def _emission(linear, structure, is_lagged):
-    """H, d, the root of R, and y."""
-    _, *plates, width = shape_of_states(structure)
-    initial = join([linear[name] for name in structure.initial_factors], plates, (width, width))
-    body = join([linear[name] for name in emissions(structure)], (structure.length, *plates), (width, width))
+def emission(
+    linear: dict[str, Linear], structure: Structure, widths: tuple[int, int], is_lagged: bool
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """H, d, the root of R, and y.
+
+    :param widths: as for :func:`join`.
+    :param is_lagged: whether the states hold what was before a step, after what is there.
+    """
+    _, *plates, _ = shape_of_states(structure)
+    initial = join([linear[name] for name in structure.initial_factors], plates, widths)
+    body = join([linear[name] for name in emissions(structure)], (structure.length, *plates), widths)
     size = max(initial.mean.shape[-1], body.mean.shape[-1], 1)
     initial, body = fill(initial, size), fill(body, size)
     distributions = [jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), initial, body)]
@@ -361,7 +367,7 @@ def _emission(linear, structure, is_lagged):
         # Of T rows there is none for the initial step.
         missing = structure.length + 1 - len(linear[name].mean)
         distributions.append(jax.tree.map(lambda x, n=missing: jnp.pad(x, [(n, 0)] + [(0, 0)] * (x.ndim - 1)), linear[name]))
-    distribution = join(distributions, (structure.length + 1, *plates), (width, width))
+    distribution = join(distributions, (structure.length + 1, *plates), widths)
     H = jnp.concatenate([distribution.now, distribution.lag], -1) if is_lagged else distribution.now
     # The data are in d, where a NaN under no mask stays one: in y it means that there is nothing.
     return H, distribution.mean - distribution.value, distribution.root, jnp.where(distribution.mask, 0.0, jnp.nan)
